@@ -1,0 +1,39 @@
+# Two commands: `make demo` goes from nothing to pictures, `make test` runs every check. Both set up what they need.
+PYTHON ?= python3
+VENV ?= .venv
+MINUTES ?= 12
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test format pins clean
+
+demo: STARTED := $(shell date +%s)
+demo: $(VENV)/.installed-demo
+	@$(BIN)/python jobs/demo.py --set minutes=$(MINUTES) --set started_at=$(STARTED)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Pins come from requirements.txt; an extra chooses which of them are installed. Compiled bytecode halves every start of Ray.
+$(VENV)/.installed-%: pyproject.toml requirements.txt | $(BIN)/uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --compile-bytecode --constraint requirements.txt --editable '.[$*]'
+	@touch $@
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+
+# After a change of dependencies: resolves them anew for every supported Python.
+pins: | $(BIN)/uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header --quiet --output-file requirements.txt
+
+clean:
+	rm -rf $(VENV) runs build

@@ -1,0 +1,29 @@
+"""Makes pictures for a prompt, or for every line of a file, with a trained bundle; ends with a captioned grid."""
+
+from __future__ import annotations
+
+import sys
+
+from unclip.config.cli import parse_job
+from unclip.generation.requests import GenerateConfig
+from unclip.generation.run import GenerationJob
+
+
+def main() -> int:
+    arguments = parse_job(__doc__ or "", recipes={"default": GenerateConfig})
+    try:
+        job = GenerationJob.prepare(arguments.config)
+    except (ValueError, OSError) as error:  # ConfigError and BundleError are ValueErrors
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    if arguments.dry_run:
+        print(
+            f"{len(job.requests)} pictures of up to {max(job.cascade.sizes.values())} px would be in {job.config.out}"
+        )
+        return 0
+    print(job.run())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

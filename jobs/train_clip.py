@@ -1,0 +1,11 @@
+"""Trains a small CLIP from scratch; most users bring an open_clip checkpoint instead."""
+
+from __future__ import annotations
+
+import sys
+
+from unclip.cluster.jobs import train_job
+from unclip.recipes import RECIPES
+
+if __name__ == "__main__":
+    sys.exit(train_job(__doc__, RECIPES["clip"]))

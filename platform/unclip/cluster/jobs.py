@@ -1,0 +1,36 @@
+"""What a training job's script does with its command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from unclip.cluster.fit import check, fit
+from unclip.cluster.preflight import PreflightError
+from unclip.config.cli import parse_job
+from unclip.training.config import TrainConfig
+
+REFUSED = 2
+"""Exit status where nothing was started because something is wrong with what was asked for."""
+
+
+def train_job(
+    description: str | None, recipes: Mapping[str, Callable[[], TrainConfig]], argv: Sequence[str] | None = None
+) -> int:
+    """Trains one stage as the command line says; the exit status, 0 only when the trained stage is there."""
+    arguments = parse_job(description or "", recipes, argv)
+    config = arguments.config
+    try:
+        if arguments.dry_run:
+            prepared = check(config)
+            print(prepared.config.to_json())
+            print(f"{prepared.manifest.rows} records, {prepared.order.samples_per_epoch} trained in each epoch")
+            return 0
+        summary = fit(config)
+    except (ValueError, OSError, PreflightError) as error:  # ConfigError, DataError and BundleError are ValueErrors
+        print(f"{config.stage}: {error}", file=sys.stderr)
+        return REFUSED
+    print(json.dumps(summary, indent=2))
+    print(f"run: {config.run}" + (f", bundle: {config.bundle}" if config.bundle else ""))
+    return 0

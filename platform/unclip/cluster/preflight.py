@@ -1,0 +1,124 @@
+"""Whether a run fits the cluster, found out before it starts: Ray itself would wait for the resources without end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from unclip.config.resources import ResourcesConfig
+
+
+class PreflightError(RuntimeError):
+    """The cluster cannot hold the run; the message says what is needed, what there is, and what would fit."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node declares."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run claims at the same time: bundles of (CPUs, GPUs), each on one node."""
+
+    workers: int
+    worker: Node
+    data_cpus: int
+    clip_actors: int
+    clip_actor: Node
+
+    @property
+    def cpus(self) -> float:
+        return self.workers * self.worker.cpus + self.data_cpus + self.clip_actors * self.clip_actor.cpus
+
+    @property
+    def gpus(self) -> float:
+        return self.workers * self.worker.gpus + self.clip_actors * self.clip_actor.gpus
+
+
+def cluster_nodes() -> list[Node]:
+    """The living nodes of the connected cluster."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+def uses_gpu(resources: ResourcesConfig) -> bool:
+    """Whether the workers train on GPUs: as configured; `auto` where the connected cluster has one for each."""
+    if resources.use_gpu != "auto":
+        return resources.use_gpu == "yes"
+    return sum(node.gpus for node in cluster_nodes()) >= resources.num_workers * resources.gpus_per_worker
+
+
+def check_resources(resources: ResourcesConfig, *, clip_in_stream: bool = False) -> None:
+    """Raises `PreflightError` where the connected cluster cannot hold workers, data stream and CLIPs at once."""
+    demand = Demand(
+        workers=resources.num_workers,
+        worker=Node(resources.cpus_per_worker, resources.gpus_per_worker if uses_gpu(resources) else 0.0),
+        data_cpus=resources.data_cpus,
+        clip_actors=resources.clip_actors if clip_in_stream else 0,
+        clip_actor=Node(0.0, resources.clip_gpus) if resources.clip_gpus else Node(1.0, 0.0),
+    )
+    nodes = cluster_nodes()
+    missing = what_is_missing(demand, nodes, placement=resources.placement)
+    if missing is not None:
+        raise PreflightError(_explain(missing, demand, nodes))
+
+
+def what_is_missing(demand: Demand, nodes: Sequence[Node], *, placement: str = "PACK") -> str | None:
+    """Why the demand does not fit the nodes, in words; None where it does."""
+    if placement == "STRICT_PACK":
+        demand_of_one = Node(demand.workers * demand.worker.cpus, demand.workers * demand.worker.gpus)
+        if not any(_slots(node, demand_of_one) for node in nodes):
+            return f"no node holds all {demand.workers} workers, as resources.placement = STRICT_PACK asks"
+    slots = [_slots(node, demand.worker) for node in nodes]
+    if placement == "STRICT_SPREAD":
+        slots = [min(count, 1) for count in slots]
+    if sum(slots) < demand.workers:
+        return f"only {sum(slots)} of {demand.workers} workers find a place on a node"
+    for kind in ("cpus", "gpus"):
+        there = sum(getattr(node, kind) for node in nodes)
+        if getattr(demand, kind) > there + 1e-6:
+            return f"{getattr(demand, kind) - there:g} {kind[:-1].upper()}s are missing"
+    return None
+
+
+def _slots(node: Node, bundle: Node) -> int:
+    """How many bundles fit a node."""
+    counts = [int(has / needs + 1e-6) for has, needs in ((node.cpus, bundle.cpus), (node.gpus, bundle.gpus)) if needs > 0]
+    return min(counts)
+
+
+def _explain(missing: str, demand: Demand, nodes: Sequence[Node]) -> str:
+    parts = [f"{demand.workers} workers x {_words(demand.worker)}", f"{demand.data_cpus} CPUs for the data stream"]
+    if demand.clip_actors:
+        parts.append(f"{demand.clip_actors} CLIP actors x {_words(demand.clip_actor)}")
+    total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0, 0.0))
+    return (
+        f"the run does not fit the cluster: {missing}.\n"
+        f"  needed: {' + '.join(parts)} = {demand.cpus:g} CPUs, {demand.gpus:g} GPUs\n"
+        f"  there:  {_words(total)} on {len(nodes)} nodes, the largest with {_words(largest)}\n"
+        f"  {_advice(demand, nodes)}"
+    )
+
+
+def _advice(demand: Demand, nodes: Sequence[Node]) -> str:
+    """Settings that fit, found by asking for fewer workers with the smallest stream."""
+    if demand.worker.gpus and not any(node.gpus for node in nodes):
+        return "the cluster has no GPU: add nodes that have, or set resources.use_gpu=no"
+    for workers in range(demand.workers, 0, -1):
+        smaller = Demand(workers, demand.worker, 1, min(demand.clip_actors, 1), demand.clip_actor)
+        if what_is_missing(smaller, nodes) is None:
+            settings = [f"resources.num_workers={workers}", "resources.data_cpus=1"]
+            settings += ["resources.clip_actors=1"] if demand.clip_actors else []
+            return f"this would fit: {' '.join(f'--set {setting}' for setting in settings)}; or add nodes"
+    return "not even one worker fits: lower resources.cpus_per_worker or resources.gpus_per_worker, or add larger nodes"
+
+
+def _words(amount: Node) -> str:
+    return f"{amount.cpus:g} CPUs" + (f", {amount.gpus:g} GPUs" if amount.gpus else "")

@@ -1,0 +1,84 @@
+"""Joining the Ray cluster that a job was submitted to, or starting a small one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import ray
+
+import unclip
+
+MAX_OBJECT_STORE_BYTES = 2 * 2**30
+"""Shared memory that a local instance claims at most; a stream keeps far less than this ahead of the workers."""
+_MIN_LOGICAL_CPUS = 4
+_QUIET_LOGGERS = ("ray.data", "ray.train", "ray.tune")
+_PACKAGE_ROOT = Path(unclip.__file__).parents[1]
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """A connection to Ray for the block; an existing one is used and left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    connect()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect() -> None:
+    """Connects this process to Ray, once.
+
+    Inside a submitted job, or with `RAY_ADDRESS` set, to that cluster. Otherwise to an instance of its own on this
+    machine, which declares more logical CPUs than it has cores: workers and the data stream take turns on few cores,
+    where they would wait for each other for ever if each needed a core of its own.
+    """
+    if ray.is_initialized():
+        return
+    _prepare_environment()
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(),
+            object_store_memory=local_object_store_bytes(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def local_cpus() -> int:
+    """Logical CPUs of a local instance: two for each core this process may use, at least 4."""
+    return max(_MIN_LOGICAL_CPUS, 2 * len(os.sched_getaffinity(0)))
+
+
+def local_object_store_bytes() -> int:
+    """Shared memory of a local instance: 30 % of the machine's memory, at most 2 GiB."""
+    return min(MAX_OBJECT_STORE_BYTES, int(0.3 * psutil.virtual_memory().total))
+
+
+def _prepare_environment() -> None:
+    """Settings that Ray and the workers read from the environment; what the user has set stays."""
+    # By default Ray Train looks after its workers every 2 s, which is also how late it sees that they are done.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Workers start from a shell's PATH: extensions that compile there must find this environment's tools first.
+    _prepend_path("PATH", str(Path(sys.executable).parent))
+    _prepend_path("PYTHONPATH", str(_PACKAGE_ROOT))
+
+
+def _prepend_path(variable: str, folder: str) -> None:
+    parts = [part for part in os.environ.get(variable, "").split(os.pathsep) if part and part != folder]
+    os.environ[variable] = os.pathsep.join([folder, *parts])

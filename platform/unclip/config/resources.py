@@ -1,0 +1,37 @@
+"""What a training run asks of the machine or cluster it runs on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from unclip.config.base import Config
+
+
+class ResourcesConfig(Config):
+    """Workers, and the CPUs and GPUs that they, the data stream and a CLIP in the stream may use.
+
+    CPUs are logical ones, as Ray counts them.
+    """
+
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers: one process each, together one data-parallel group."""
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    """Train on GPUs; auto: where the cluster has enough of them for every worker."""
+    gpus_per_worker: float = Field(default=1.0, gt=0)
+    """GPUs of a worker that trains on them; less than 1 shares one."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs reserved for a worker."""
+    threads_per_worker: int = Field(default=0, ge=0)
+    """Threads of a worker's tensor operations; 0 shares a node's cores evenly among its workers."""
+    data_cpus: int = Field(default=1, ge=1)
+    """CPUs of the data stream: so many tasks decode at once, beside the workers."""
+    clip_actors: int = Field(default=1, ge=1)
+    """Frozen CLIPs that work at once where embeddings are made in the stream."""
+    clip_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each of them; 0 runs them on one CPU each."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How workers are placed on nodes: together where possible (PACK), apart where possible (SPREAD), or strictly so."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that workers may die before the run fails; each time it continues from the newest checkpoint."""

@@ -1,0 +1,303 @@
+"""A bundle: what training exports and inference loads.
+
+`BUNDLE/bundle.json` lists the stages with sizes and hashes of their files and the CLIP that they share;
+`BUNDLE/STAGE/` holds `config.json` and `model.safetensors` (EMA weights). Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unclip.config.base import Config, ConfigError
+from unclip.models.clip import ClipModel, load_clip
+from unclip.pipelines.stages import STAGE_NAMES, StageConfig, StageName, stage_config_from_dict
+from unclip.utils import storage
+from unclip.utils.hashing import sha256_file
+
+SCHEMA_VERSION = 1
+_INDEX, _CONFIG, _WEIGHTS = "bundle.json", "config.json", "model.safetensors"
+
+
+class BundleError(ValueError):
+    """A bundle is missing, damaged, of another version, or would mix stages that do not belong together."""
+
+
+class ClipReference(Config):
+    """The CLIP whose embeddings a bundle's stages were trained with."""
+
+    source: str
+    """What `load_clip` takes; used where the bundle has no `clip` stage of its own."""
+    fingerprint: str = Field(min_length=1)
+    """Hash of its weights and architecture."""
+
+
+class StoredFile(Config):
+    """One file of a stage."""
+
+    bytes: int = Field(ge=0)
+    """Size."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the content."""
+
+
+class StageEntry(Config):
+    """One stage in `bundle.json`."""
+
+    clip_fingerprint: str | None
+    """The CLIP it was trained with, or is; none for the upsamplers, which see no embeddings."""
+    config: StoredFile
+    """STAGE/config.json."""
+    weights: StoredFile
+    """STAGE/model.safetensors."""
+    provenance: dict[str, Any]
+    """Where it came from: run, step, samples seen, versions; for people to read."""
+
+
+class BundleIndex(Config):
+    """The content of `bundle.json`."""
+
+    schema_version: Literal[1] = 1
+    """Version of this layout."""
+    clip: ClipReference | None = None
+    """The CLIP of all stages; none while only upsamplers are there."""
+    stages: dict[StageName, StageEntry] = Field(default_factory=dict)
+    """What is there."""
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> BundleIndex:
+        for name, entry in self.stages.items():
+            expected = self.clip.fingerprint if self.clip else None
+            if entry.clip_fingerprint not in (None, expected):
+                raise ValueError(
+                    f"stage {name!r} belongs to the CLIP with fingerprint {entry.clip_fingerprint}, "
+                    f"the bundle to {expected}"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose index, configurations and file sizes were found right; weights are read when asked for."""
+
+    uri: str
+    index: BundleIndex
+    configs: Mapping[StageName, StageConfig]
+
+    @classmethod
+    def load(cls, uri: str) -> Bundle:
+        """Reads everything but the weights; `BundleError` names the file where something is not as it should be."""
+        uri = storage.absolute(uri)
+        index = _read_index(uri)
+        if index is None:
+            raise BundleError(f"{uri!r} is no bundle: it has no bundle.json")
+        configs = {name: _read_config(uri, name, index.stages[name]) for name in STAGE_NAMES if name in index.stages}
+        for name in configs:
+            _check_weights_size(uri, name, index.stages[name])
+        return cls(uri=uri, index=index, configs=configs)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all stages' configurations and weights: the same for the same pictures."""
+        content = {
+            name: [entry.clip_fingerprint, entry.config.sha256, entry.weights.sha256]
+            for name, entry in sorted(self.index.stages.items())
+        }
+        clip = self.index.clip.fingerprint if self.index.clip else None
+        return hashlib.sha256(json.dumps([clip, content]).encode()).hexdigest()
+
+    def load_model(self, name: StageName) -> nn.Module:
+        """The network of a stage with its weights, on the CPU, in evaluation mode and frozen.
+
+        Raises `BundleError` where the stage is missing, or its weights do not have the stored hash or do not fit its
+        configuration exactly.
+        """
+        if name not in self.configs:
+            raise BundleError(f"{self.uri!r} has no stage {name!r}; it has {', '.join(self.configs) or 'none'}")
+        uri = storage.join(self.uri, name, _WEIGHTS)
+        with storage.local_file(uri) as path:
+            found = _describe_file(path)
+            if found != self.index.stages[name].weights:
+                raise BundleError(f"{uri!r} is damaged: its hash is not the one in bundle.json; export the stage again")
+            try:
+                tensors = load_file(path)
+            except SafetensorError as error:
+                raise BundleError(f"{uri!r} cannot be read: {error}") from None
+        model = self.configs[name].build()
+        _check_tensors(uri, model, tensors)
+        model.load_state_dict(tensors)
+        return model.eval().requires_grad_(False)
+
+    def load_clip(self) -> ClipModel:
+        """The bundle's CLIP: its own `clip` stage, or the model it names; `BundleError` unless its fingerprint fits."""
+        if self.index.clip is None:
+            raise BundleError(f"{self.uri!r} names no CLIP: it has neither a prior nor a decoder nor a clip stage")
+        source = storage.join(self.uri, "clip") if "clip" in self.configs else self.index.clip.source
+        clip = self.load_model("clip") if "clip" in self.configs else load_clip(source)
+        assert isinstance(clip, ClipModel)
+        if clip.fingerprint != self.index.clip.fingerprint:
+            raise BundleError(
+                f"{self.uri!r} was trained with the CLIP of fingerprint {self.index.clip.fingerprint}, "
+                f"but {source!r} has {clip.fingerprint}"
+            )
+        return clip
+
+
+def save_stage(
+    bundle_uri: str,
+    stage_config: StageConfig,
+    *,
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    clip: ClipReference | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Adds a stage to a bundle, or replaces it; the bundle is made where there is none.
+
+    Args:
+        bundle_uri: folder or object-store prefix.
+        stage_config: the stage; its `kind` is its name in the bundle.
+        tensors: exactly the state dictionary of `stage_config.build()`, with EMA weights.
+        clip: the CLIP that the stage was trained with (or that it is, for the clip stage); none for upsamplers.
+        provenance: plain JSON values that say where the weights come from.
+
+    Raises `BundleError` where the tensors do not fit the configuration, or other stages belong to another CLIP.
+    """
+    bundle_uri, name = storage.absolute(bundle_uri), stage_config.kind
+    if (clip is None) != name.startswith("upsampler"):
+        raise BundleError(f"stage {name!r}: clip = {clip!r}; upsamplers have none, every other stage needs one")
+    before = _read_index(bundle_uri) or BundleIndex()
+    _check_same_clip(bundle_uri, before, name=name, clip=clip)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in dict(tensors).items()}
+    with torch.device("meta"):
+        _check_tensors(storage.join(bundle_uri, name), stage_config.build(), state)
+    with _stage_folder(storage.join(bundle_uri, name)) as folder:
+        (folder / _CONFIG).write_text(stage_config.to_json(), encoding="utf-8")
+        save_file(state, folder / _WEIGHTS)
+        entry = StageEntry(
+            clip_fingerprint=clip.fingerprint if clip else None,
+            config=_describe_file(folder / _CONFIG),
+            weights=_describe_file(folder / _WEIGHTS),
+            provenance=dict(provenance),
+        )
+    after = BundleIndex(clip=clip or before.clip, stages={**before.stages, name: entry})
+    storage.write_json(storage.join(bundle_uri, _INDEX), after.to_dict())
+
+
+def check_clip(bundle_uri: str, name: StageName, clip: ClipReference | None) -> None:
+    """Raises `BundleError` where `save_stage` would refuse stage `name` for its CLIP: worth knowing before it is trained."""
+    uri = storage.absolute(bundle_uri)
+    _check_same_clip(uri, _read_index(uri) or BundleIndex(), name=name, clip=clip)
+
+
+@contextmanager
+def _stage_folder(uri: str) -> Iterator[Path]:
+    """An empty local folder that becomes `uri` when the block ends without an error."""
+    if storage.is_local(uri):
+        temporary = Path(f"{uri}.{uuid.uuid4().hex}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            storage.remove(uri)
+            temporary.rename(uri)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="unclip-stage-") as name:
+        yield Path(name)
+        fs, path = storage.filesystem(uri)
+        for file in sorted(Path(name).iterdir()):
+            fs.put_file(str(file), storage.join(path, file.name))
+
+
+def _check_same_clip(uri: str, index: BundleIndex, *, name: StageName, clip: ClipReference | None) -> None:
+    for other, entry in index.stages.items():
+        if other == name or clip is None or entry.clip_fingerprint in (None, clip.fingerprint):
+            continue
+        raise BundleError(
+            f"{uri!r}: stage {name!r} belongs to the CLIP with fingerprint {clip.fingerprint}, but stage {other!r} "
+            f"there to {entry.clip_fingerprint}; their embeddings do not match, so export it to a bundle of its own"
+        )
+
+
+def _read_index(uri: str) -> BundleIndex | None:
+    """The index of the bundle; None where there is none."""
+    path = storage.join(uri, _INDEX)
+    try:
+        data = _parse_object(path, storage.read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path!r}: schema_version = {version!r}; this version of unclip reads {SCHEMA_VERSION}")
+    try:
+        return BundleIndex.from_dict(data)
+    except ConfigError as error:
+        raise BundleError(f"{path!r}: {error}") from None
+
+
+def _read_config(uri: str, name: StageName, entry: StageEntry) -> StageConfig:
+    path = storage.join(uri, name, _CONFIG)
+    try:
+        content = storage.read_bytes(path)
+        config = stage_config_from_dict(_parse_object(path, content))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path!r} is missing; export the stage again") from None
+    except ConfigError as error:
+        raise BundleError(f"{path!r}: {error}") from None
+    if config.kind != name:
+        raise BundleError(f"{path!r}: kind = {config.kind!r}, but the folder is that of stage {name!r}")
+    if hashlib.sha256(content).hexdigest() != entry.config.sha256:
+        raise BundleError(f"{path!r} is not the file that was exported: its hash is not the one in {_INDEX}")
+    return config
+
+
+def _check_weights_size(uri: str, name: StageName, entry: StageEntry) -> None:
+    path = storage.join(uri, name, _WEIGHTS)
+    size = storage.size(path)
+    if size != entry.weights.bytes:
+        found = "is missing" if size is None else f"has {size} bytes instead of {entry.weights.bytes}"
+        raise BundleError(f"{path!r} {found}; export the stage again")
+
+
+def _parse_object(path: str, content: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise BundleError(f"{path!r} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path!r} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _describe_file(path: Path) -> StoredFile:
+    return StoredFile(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _check_tensors(uri: str, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises `BundleError` unless `tensors` are the model's state: the same names, each with its shape."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"{key} is unknown" for key in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{key} has shape {found[key]} instead of {shape}"
+        for key, shape in expected.items()
+        if found.get(key, shape) != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BundleError(f"{uri!r}: the weights do not fit the configuration: {'; '.join(problems[:5])}{more}")

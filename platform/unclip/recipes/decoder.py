@@ -1,0 +1,159 @@
+"""Recipes of the `decoder`."""
+
+from __future__ import annotations
+
+from unclip.config.resources import ResourcesConfig
+from unclip.diffusion.process import DiffusionConfig
+from unclip.diffusion.samplers import SamplingConfig
+from unclip.models.decoder import DecoderConfig
+from unclip.models.normalizer import paper_scale
+from unclip.models.text import TextTransformerConfig
+from unclip.models.unet import UNetConfig
+from unclip.pipelines.stages import DecoderStageConfig
+from unclip.recipes import shared
+from unclip.training.config import LoopConfig, TrainConfig, TrainDataConfig
+from unclip.training.engine import ZeroConfig
+from unclip.training.objectives.decoder import DecoderObjectiveConfig
+from unclip.training.optim import OptimizerConfig
+
+
+def stage(model: DecoderConfig, sampling: SamplingConfig, *, prediction_type: str = "epsilon") -> DecoderStageConfig:
+    """The paper's process (Table 3): 1000 cosine steps, noise predicted, variance learned."""
+    return DecoderStageConfig.from_dict(
+        {
+            "model": model.to_dict(),
+            "diffusion": DiffusionConfig(variance_type="learned_range", clip_sample_range=1.0).to_dict()
+            | {"prediction_type": prediction_type},
+            "sampling": sampling.to_dict(),
+            "normalizer": paper_scale(model.embed_dim).to_dict(),
+            "image_size": model.unet.image_size,
+        }
+    )
+
+
+def debug() -> TrainConfig:
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=16,
+            channel_mult=(1, 2),
+            depth=1,
+            attention_resolutions=(8,),
+            head_channels=16,
+            patch_size=4,
+            image_size=64,
+        ),
+        text=TextTransformerConfig(context_length=16, width=16, depth=1, heads=2),
+        embed_dim=16,
+    )
+    return TrainConfig(
+        stage="decoder",
+        recipe="debug",
+        run=shared.run_folder("debug", "decoder"),
+        bundle=shared.bundle("debug"),
+        clip=f"{shared.bundle('debug')}/clip",
+        data=TrainDataConfig(path=shared.openmoji(64, embedded=True), shuffle_rows=256),
+        objective=DecoderObjectiveConfig(stage=stage(model, SamplingConfig(num_inference_steps=4, guidance_scale=2.0))),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        zero=shared.FP32,
+        loop=shared.debug_loop(),
+    )
+
+
+def demo() -> TrainConfig:
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=48,
+            channel_mult=(1, 2, 4),
+            depth=1,
+            attention_resolutions=(8,),
+            head_channels=32,
+            patch_size=2,
+            image_size=64,
+        ),
+        text=TextTransformerConfig(context_length=24, width=64, depth=1, heads=2),
+        embed_dim=128,
+    )
+    sampling = SamplingConfig(sampler="ddim", num_inference_steps=50, guidance_scale=2.0)
+    return TrainConfig(
+        stage="decoder",
+        recipe="demo",
+        run=shared.run_folder("demo", "decoder"),
+        bundle=shared.bundle("demo"),
+        clip=f"{shared.bundle('demo')}/clip",
+        data=TrainDataConfig(path=shared.openmoji(64, embedded=True), shuffle_rows=4096),
+        objective=DecoderObjectiveConfig(stage=stage(model, sampling), normalization="whiten"),
+        optimizer=shared.demo_optimizer(1e-3),
+        zero=shared.BF16,
+        loop=shared.demo_loop(batch=32, time_limit_s=210.0),
+    )
+
+
+def small() -> TrainConfig:
+    """ADM's ImageNet-64 shape (Dhariwal and Nichol 2021, Table 11) with a text encoder of GLIDE's released size."""
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=192,
+            channel_mult=(1, 2, 3, 4),
+            depth=3,
+            attention_resolutions=(32, 16, 8),
+            dropout=0.1,
+            image_size=64,
+        ),
+        text=TextTransformerConfig(context_length=77, width=512, depth=12, heads=8),
+        embed_dim=768,
+    )
+    return TrainConfig(
+        stage="decoder",
+        recipe="small",
+        run=shared.run_folder("small", "decoder"),
+        bundle=shared.bundle("small"),
+        data=TrainDataConfig(path=""),
+        objective=DecoderObjectiveConfig(
+            stage=stage(model, SamplingConfig(num_inference_steps=250, guidance_scale=3.0))
+        ),
+        optimizer=OptimizerConfig(learning_rate=1.2e-4, grad_clip=1.0, warmup_steps=1000),
+        zero=shared.BF16,
+        loop=LoopConfig(max_steps=400_000, global_batch_size=512, microbatch_size=128, time_limit_s=12 * shared.HOURS),
+        resources=ResourcesConfig(use_gpu="yes", data_cpus=12),
+    )
+
+
+def paper() -> TrainConfig:
+    """Table 3: the 3.5B GLIDE model with z_i; batch 2048, 800K steps, learning rate 1.2e-4, 250 steps, learned variance.
+
+    Guidance 1.25 is that of the paper's best FID (§5.4). The paper gives neither warm-up nor clipping.
+    """
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=512,
+            channel_mult=(1, 2, 3, 4),
+            depth=3,
+            attention_resolutions=(32, 16, 8),
+            head_channels=64,
+            dropout=0.1,
+            image_size=64,
+            activation_checkpointing=True,
+        ),
+        text=TextTransformerConfig(context_length=256, width=2048, depth=24, heads=32, activation_checkpointing=True),
+        embed_dim=1024,
+    )
+    sampling = SamplingConfig(sampler="ddpm", num_inference_steps=250, guidance_scale=1.25)
+    return TrainConfig(
+        stage="decoder",
+        recipe="paper",
+        run=shared.run_folder("paper", "decoder"),
+        bundle=shared.bundle("paper"),
+        data=TrainDataConfig(path="", shuffle_rows=1_048_576),
+        objective=DecoderObjectiveConfig(stage=stage(model, sampling)),
+        optimizer=OptimizerConfig(learning_rate=1.2e-4, ema_decay=0.9999, ema_warmup=False),
+        zero=ZeroConfig(stage=2, precision="bf16"),
+        loop=LoopConfig(max_steps=800_000, global_batch_size=2048, microbatch_size=8),
+        resources=ResourcesConfig(num_workers=256, use_gpu="yes", data_cpus=512),
+    )
+
+
+RECIPES = {"demo": demo, "debug": debug, "small": small, "paper": paper}

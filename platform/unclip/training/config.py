@@ -1,0 +1,104 @@
+"""`TrainConfig`: everything that one training run is, as recipes build it and run folders store it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from unclip.config.base import Config
+from unclip.config.resources import ResourcesConfig
+from unclip.pipelines.stages import StageName
+from unclip.training.engine import ZeroConfig
+from unclip.training.objectives import ObjectiveConfig
+from unclip.training.optim import OptimizerConfig
+
+
+class TrainDataConfig(Config):
+    """Where the records come from and how they are shuffled."""
+
+    path: str
+    """Folder of Parquet shards, local or `s3://`; columns as in the record contract."""
+    shuffle_rows: int = Field(default=16384, gt=0)
+    """Rows mixed with each other in one chunk; chunks draw from row groups permuted over the whole data set."""
+    embeddings: Literal["columns", "stream"] = "columns"
+    """CLIP embeddings: `columns` written by jobs/embed.py, or made in the `stream` by a pool of frozen CLIPs."""
+
+
+class LoopConfig(Config):
+    """How long, how much at once, and how often to save and report."""
+
+    max_steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(gt=0)
+    """Samples of one optimizer step over all workers; the micro-batches follow from it."""
+    microbatch_size: int = Field(gt=0)
+    """Samples that one worker puts through the model at once; the rest is gradient accumulation."""
+    time_limit_s: float | None = Field(default=None, gt=0)
+    """Seconds of training, restarts not counted twice, after which the run ends as if max_steps were reached."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between two lines of metrics."""
+    checkpoint_every_s: float = Field(default=600.0, ge=0)
+    """Seconds between two checkpoints: the most work that a killed worker can lose. 0 saves after every step."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> LoopConfig:
+        if self.global_batch_size % self.microbatch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of microbatch_size {self.microbatch_size}"
+            )
+        return self
+
+
+class TrainConfig(Config):
+    """One training run of one stage."""
+
+    stage: StageName
+    """What is trained, and its name in the bundle."""
+    recipe: str
+    """Name of the recipe that this configuration came from."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the initial weights, the order of samples, crops, degradations, noise and drops."""
+    run: str
+    """Run folder, local or `s3://`: configuration, metrics and checkpoints. The same command continues a run."""
+    bundle: str | None = None
+    """Bundle that receives the trained stage (EMA weights) at the end; none: no export."""
+    clip: str | None = None
+    """CLIP of this stage: an open_clip name, `hf-hub:…`, or the folder of an exported `clip` stage.
+    Needed where embeddings are made in the stream; else taken from the embedded data set."""
+    clip_fingerprint: str | None = None
+    """Identity of that CLIP; filled in when the run is prepared, so that a run cannot go on with another one."""
+    data: TrainDataConfig
+    objective: ObjectiveConfig = Field(discriminator="kind")
+    optimizer: OptimizerConfig
+    zero: ZeroConfig
+    loop: LoopConfig
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        workers, loop = self.resources.num_workers, self.loop
+        if loop.global_batch_size % (workers * loop.microbatch_size):
+            raise ValueError(
+                f"loop.global_batch_size = {loop.global_batch_size} must be a multiple of resources.num_workers x "
+                f"loop.microbatch_size = {workers} x {loop.microbatch_size}"
+            )
+        if self.objective.stage_config().kind != self.stage:
+            raise ValueError(f"objective trains {self.objective.stage_config().kind!r}, but stage = {self.stage!r}")
+        if self.zero.stage == 3 and getattr(self.objective, "sam_rho", 0.0):
+            raise ValueError("objective.sam_rho needs whole weights on each worker: zero.stage must be below 3")
+        if self.data.embeddings == "stream" and self.objective.embedding_columns and self.clip is None:
+            raise ValueError("data.embeddings = 'stream' needs a CLIP: set clip to a name or a folder")
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that one worker accumulates for an optimizer step."""
+        return self.loop.global_batch_size // (self.resources.num_workers * self.loop.microbatch_size)
+
+    @property
+    def rank_batch_size(self) -> int:
+        """Samples that one worker sees in an optimizer step."""
+        return self.loop.global_batch_size // self.resources.num_workers

@@ -1,0 +1,32 @@
+"""Fitting a stage to the CLIP embeddings it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unclip.config.base import ConfigError
+from unclip.models.normalizer import EmbeddingNormalizerConfig, paper_scale
+from unclip.training.objectives.base import NormalizationName
+
+
+def fit_normalizer(
+    normalization: NormalizationName, model_dim: int, embed_dim: int, statistics: Mapping[str, Any] | None
+) -> EmbeddingNormalizerConfig:
+    """The normaliser of z_i for embeddings of `embed_dim` numbers.
+
+    Raises `ConfigError` where the model was configured for another size, or whitening lacks statistics.
+    """
+    if model_dim != embed_dim:
+        raise ConfigError(
+            f"objective.stage.model.embed_dim = {model_dim}: the CLIP of this run gives embeddings of {embed_dim} numbers; "
+            f"set it to {embed_dim}"
+        )
+    if normalization == "scale":
+        return paper_scale(embed_dim)
+    if statistics is None:
+        raise ConfigError(
+            "objective.normalization = 'whiten' needs the statistics that jobs/embed.py stores: "
+            "set data.embeddings=columns, or objective.normalization=scale"
+        )
+    return EmbeddingNormalizerConfig(mean=tuple(statistics["mean"]), std=tuple(statistics["std"]))

@@ -1,0 +1,78 @@
+"""The upsamplers: a large picture from a small, degraded one (unCLIP §2.1, appendix C)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from unclip.data.batches import BatchSpec
+from unclip.models.upsampler import UpsamplerCondition
+from unclip.pipelines.sampling import to_signed
+from unclip.pipelines.stages import UpsamplerStageConfig
+from unclip.training.objectives.base import (
+    BaseObjectiveConfig,
+    Batch,
+    LossOutput,
+    Objective,
+    denoising_loss,
+)
+from unclip.utils.random import SampleGenerator
+
+
+class UpsamplerObjectiveConfig(BaseObjectiveConfig):
+    """Training of an upsampler on crops."""
+
+    kind: Literal["upsampler"] = "upsampler"
+    stage: UpsamplerStageConfig
+    crop_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Side of the random training crop as a fraction of the target's (paper: a quarter)."""
+    degradation: Literal["none", "blur", "bsr"]
+    """Corruption of the low-res condition in training: Gaussian blur (paper: 256) or BSR (paper: 1024)."""
+    degradation_prob: float = Field(default=1.0, ge=0, le=1)
+    """Share of samples that are corrupted; the paper does not say."""
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> UpsamplerObjectiveConfig:
+        factor = self.stage.image_size // self.stage.low_res_size
+        if (self.stage.image_size * self.crop_fraction) % factor:
+            raise ValueError(
+                f"crop_fraction {self.crop_fraction} of image_size {self.stage.image_size} must be a whole number of "
+                f"low-res pixels ({factor} wide)"
+            )
+        return self
+
+    @property
+    def crop_size(self) -> int:
+        """Pixels of the training crop's side."""
+        return int(self.stage.image_size * self.crop_fraction)
+
+    def batch_spec(self) -> BatchSpec:
+        stage, crop = self.stage, self.crop_size
+        return BatchSpec(
+            image_size=stage.image_size,
+            crop_size=crop if crop < stage.image_size else None,
+            low_res_size=crop * stage.low_res_size // stage.image_size,
+            degradation=self.degradation,
+            degradation_probability=self.degradation_prob,
+        )
+
+    def stage_config(self) -> UpsamplerStageConfig:
+        return self.stage
+
+    def build(self) -> UpsamplerObjective:
+        return UpsamplerObjective(self)
+
+
+class UpsamplerObjective(Objective):
+    """The stage's diffusion loss on a crop, conditioned on the degraded low-res crop."""
+
+    def __init__(self, config: UpsamplerObjectiveConfig) -> None:
+        self.config = config
+        self.model = config.stage.model.build()
+        self.process = config.stage.diffusion.build()
+
+    def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+        cond = UpsamplerCondition(low_res=to_signed(batch["low_res"]))
+        return denoising_loss(self.process, model, to_signed(batch["image"]), cond, generator)

@@ -1,0 +1,103 @@
+"""The run folder: resolved configuration, versions, metrics and progress of one training run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unclip.config.base import ConfigError
+from unclip.training.config import TrainConfig
+from unclip.utils import storage
+
+_PACKAGES = ("torch", "deepspeed", "ray", "open_clip_torch", "pyarrow", "numpy", "unclip")
+_MAY_CHANGE = {
+    "bundle": True,
+    "resources": True,
+    "zero": True,
+    "loop": {"max_steps", "microbatch_size", "time_limit_s", "log_every", "checkpoint_every_s", "keep_checkpoints"},
+}
+"""What a continued run may change without becoming another run: True for a whole section."""
+
+
+class RunFolder:
+    """Reads and writes one run's files; `uri` may be local or on object storage."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri)
+        self.checkpoints_uri = storage.join(self.uri, "checkpoints")
+        self.progress_uri = storage.join(self.uri, "progress.json")
+        self._metrics_uri = storage.join(self.uri, "metrics.jsonl")
+        self._summary_uri = storage.join(self.uri, "summary.json")
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises `ConfigError` where the folder holds a run that `config` does not continue, or cannot be written."""
+        stored_uri = storage.join(self.uri, "config.json")
+        if storage.exists(stored_uri):
+            stored = storage.read_json(stored_uri)
+            differences = list(_differences(stored, config.to_dict(), _MAY_CHANGE, ""))
+            if differences:
+                raise ConfigError(
+                    f"run = {self.uri!r} holds another run: {'; '.join(differences[:5])}. "
+                    "Choose another run folder, or delete that one"
+                )
+
+    def open(self, config: TrainConfig) -> None:
+        """Checks, then stores the configuration and the versions it runs with."""
+        self.check(config)
+        storage.write_json(storage.join(self.uri, "config.json"), config.to_dict())
+        storage.write_json(storage.join(self.uri, "versions.json"), versions())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds a line of metrics and shows it as the run's progress."""
+        storage.append_line(self._metrics_uri, json.dumps(record))
+        storage.write_json(self.progress_uri, record)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every logged record; lines that a restart logged again replace the earlier ones of the same step."""
+        if not storage.exists(self._metrics_uri):
+            return []
+        records = [json.loads(line) for line in storage.read_bytes(self._metrics_uri).decode().splitlines()]
+        return sorted({record["step"]: record for record in records}.values(), key=lambda record: record["step"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Stores what the run came to."""
+        storage.write_json(self._summary_uri, summary)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run stored; None where none has finished."""
+        return storage.read_json(self._summary_uri) if storage.exists(self._summary_uri) else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on, and the git commit of the code where there is one."""
+    found = {"python": platform.python_version(), "machine": platform.platform(), "git": _git_commit()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # shipped by a runtime environment, not installed
+            found[name] = "not installed"
+    return found
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _differences(stored: Any, asked: Any, may_change: Any, path: str) -> list[str]:
+    if may_change is True or stored == asked:
+        return []
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        found: list[str] = []
+        for key in sorted(stored.keys() | asked.keys()):
+            free = key in may_change if isinstance(may_change, set) else may_change.get(key, {})
+            found += _differences(stored.get(key), asked.get(key), free or {}, f"{path}.{key}" if path else key)
+        return found
+    return [f"{path} was {stored!r}, is now {asked!r}"]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from unclip.config.base import ConfigError
+from unclip.pipelines.bundle import BundleError
+from unclip.pipelines.sampling import to_signed, to_uint8
+from unclip.pipelines.stages import StageConfig
+from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
+from unclip.utils.random import SampleGenerator
+
+PROMPTS, SEEDS = ["a red circle", "a blue heart", "a woman firefighter"], [7, 8, 7]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: str) -> Pipeline:
+    return Pipeline.from_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def output(pipeline: Pipeline) -> CascadeOutput:
+    return pipeline(PROMPTS, SEEDS)
+
+
+def options(**changes: object) -> GenerationOptions:
+    return GenerationOptions().merged(changes)
+
+
+def test_every_size_comes_as_8_bit_pictures(output: CascadeOutput) -> None:
+    assert {size: picture.shape for size, picture in output.images.items()} == {
+        16: (3, 16, 16, 3),
+        32: (3, 32, 32, 3),
+        64: (3, 64, 64, 3),
+    }
+    assert all(picture.dtype == np.uint8 and picture.std() > 1 for picture in output.images.values())
+    torch.testing.assert_close(output.image_embed.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_picture_does_not_depend_on_its_batch(pipeline: Pipeline, output: CascadeOutput, index: int) -> None:
+    alone = pipeline([PROMPTS[index]], [SEEDS[index]])
+    torch.testing.assert_close(alone.image_embed[0], output.image_embed[index], rtol=1e-4, atol=1e-5)
+    for size, pictures in alone.images.items():
+        difference = np.abs(pictures[0].astype(int) - output.images[size][index].astype(int))
+        assert difference.max() <= 2, size  # rounding to 8 bits, and what the next stages make of it
+
+
+def test_a_picture_does_not_depend_on_micro_batches(pipeline: Pipeline, output: CascadeOutput) -> None:
+    split = pipeline(PROMPTS, SEEDS, options=options(max_pixels=1))
+    for size, pictures in split.images.items():
+        assert np.abs(pictures.astype(int) - output.images[size].astype(int)).max() <= 2
+
+
+def test_seed_and_prompt_both_matter(pipeline: Pipeline) -> None:
+    images = pipeline(["a dog", "a dog", "a cat"], [1, 2, 1], options=options(up_to=16)).images[16].astype(int)
+    assert np.abs(images[0] - images[1]).mean() > 1
+    assert np.abs(images[0] - images[2]).max() > 0
+
+
+def test_the_next_stage_sees_the_8_bit_picture(pipeline: Pipeline, output: CascadeOutput) -> None:
+    stage = pipeline.upsamplers["upsampler_256"]
+    streams = SampleGenerator.for_samples(0, torch.tensor(SEEDS)).child("upsampler_256")
+    low_res = to_signed(torch.from_numpy(output.images[16]))
+    expected = to_uint8(stage.sample(low_res, streams, sampling=stage.config.sampling))
+    np.testing.assert_array_equal(output.images[32], expected.numpy())
+
+
+def test_options_change_the_stage_they_name(pipeline: Pipeline, output: CascadeOutput) -> None:
+    changed = pipeline(PROMPTS, SEEDS, options=options(decoder={"guidance_scale": 5.0}, up_to=32))
+    torch.testing.assert_close(changed.image_embed, output.image_embed)
+    assert np.abs(changed.images[16].astype(int) - output.images[16].astype(int)).max() > 2
+    assert set(changed.images) == {16, 32}
+
+
+def test_the_prior_is_steered_by_its_own_guidance(pipeline: Pipeline, output: CascadeOutput) -> None:
+    changed = pipeline(PROMPTS, SEEDS, options=options(prior={"guidance_scale": 5.0}, up_to=16))
+    assert (changed.image_embed - output.image_embed).abs().max() > 1e-3
+
+
+def test_progress_ends_at_its_total_in_every_stage(pipeline: Pipeline) -> None:
+    calls: list[tuple[str, int, int]] = []
+    pipeline(
+        PROMPTS,
+        SEEDS,
+        options=options(max_pixels=2 * 32 * 32, upsampler_1024={"num_inference_steps": 1}),
+        progress=lambda *call: calls.append(call),
+    )
+    expected = {"prior": 3, "decoder": 3, "upsampler_256": 2 * 2, "upsampler_1024": 3}
+    assert calls == [(stage, done, total) for stage, total in expected.items() for done in range(1, total + 1)]
+
+
+def test_bfloat16_stays_near_float32(tiny_bundle: str, output: CascadeOutput) -> None:
+    half = Pipeline.from_bundle(tiny_bundle, dtype=torch.bfloat16)(PROMPTS, SEEDS)
+    assert (half.image_embed * output.image_embed).sum(dim=1).min() > 0.99
+    assert np.abs(half.images[16].astype(int) - output.images[16].astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"up_to": 48}, "up_to = 48.*16, 32, 64"),
+        ({"up_to": 8}, "up_to = 8"),
+        ({"prior": {"num_inference_steps": 51}}, "options.prior.*51"),
+        ({"upsampler_256": {"timestep_spacing": "fast27"}}, "options.upsampler_256.*fast27"),
+        ({"upsampler_256": {"guidance_scale": 2.0}}, "upsampler_256.guidance_scale: unknown field"),
+    ],
+)
+def test_options_that_do_not_suit_are_refused(
+    tiny_configs: Mapping[str, StageConfig], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_cascade(tiny_configs, options(**changes))  # type: ignore[arg-type]
+
+
+def test_a_chain_with_a_gap_is_refused_unless_it_is_not_needed(tiny_configs: Mapping[str, StageConfig]) -> None:
+    gap = {name: config for name, config in tiny_configs.items() if name != "upsampler_256"}
+    with pytest.raises(BundleError, match=r"upsampler_1024.*32 pixels.*16"):
+        plan_cascade(gap, GenerationOptions())  # type: ignore[arg-type]
+    assert list(plan_cascade(gap, options(up_to=16)).sizes.values()) == [16]  # type: ignore[arg-type]
+
+
+def test_a_bundle_without_prior_makes_no_pictures(tiny_configs: Mapping[str, StageConfig]) -> None:
+    with pytest.raises(BundleError, match=r"prior and decoder; the bundle has decoder"):
+        plan_cascade({"decoder": tiny_configs["decoder"]}, GenerationOptions())
+
+
+def test_seeds_are_checked(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"2 seeds for 1 prompts"):
+        pipeline(["a dog"], [1, 2])
+    with pytest.raises(ValueError, match=str(2**63)):
+        pipeline(["a dog"], [2**63])
