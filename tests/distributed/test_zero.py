@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+
 from unclip.training import checkpoint, zero_state
 from unclip.training.engine import Engine, ZeroConfig
 from unclip.training.export import full_state_dict

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
 from unclip.data.batches import make_batch
 from unclip.data.manifest import read_slices
 from unclip.training.setup import PreparedRun

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
 from unclip.pipelines.bundle import ClipReference, save_stage
 from unclip.pipelines.stages import StageConfig, stage_config_from_dict
 

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import unclip
 
 REPOSITORY = Path(__file__).parents[2]
 BELOW_CLUSTER = [
-    name
-    for _, name, _ in pkgutil.walk_packages(unclip.__path__, "unclip.")
-    if not name.startswith("unclip.cluster")
+    name for _, name, _ in pkgutil.walk_packages(unclip.__path__, "unclip.") if not name.startswith("unclip.cluster")
 ]
 
 
@@ -32,8 +31,8 @@ def test_nothing_below_cluster_imports_ray() -> None:
 
 def test_configuration_is_light() -> None:
     """`--help` and configuration errors should not wait for torch."""
-    code = "import sys; sys.path.insert(0, 'platform')\nimport unclip.config.base, unclip.config.cli\nprint('torch' in sys.modules)"
-    assert run_python(code) == "False"
+    code = "import sys, unclip.config.base, unclip.config.cli; print('torch' in sys.modules)"
+    assert run_python(code, cwd=REPOSITORY / "platform") == "False"
 
 
 def test_the_platform_folder_leaves_pythons_own_platform_module_alone() -> None:

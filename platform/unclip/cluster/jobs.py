@@ -8,9 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from unclip.cluster.fit import check, fit
 from unclip.cluster.preflight import PreflightError
+from unclip.config.base import ConfigError
 from unclip.config.cli import parse_job
+from unclip.data.manifest import DataError
+from unclip.pipelines.bundle import BundleError
 from unclip.training.config import TrainConfig
 
+REFUSALS = (ConfigError, DataError, BundleError, PreflightError, OSError)
+"""What tells a user that something is wrong with what was asked for; anything else is a fault of ours."""
 REFUSED = 2
 """Exit status where nothing was started because something is wrong with what was asked for."""
 
@@ -28,7 +33,7 @@ def train_job(
             print(f"{prepared.manifest.rows} records, {prepared.order.samples_per_epoch} trained in each epoch")
             return 0
         summary = fit(config)
-    except (ValueError, OSError, PreflightError) as error:  # ConfigError, DataError and BundleError are ValueErrors
+    except REFUSALS as error:
         print(f"{config.stage}: {error}", file=sys.stderr)
         return REFUSED
     print(json.dumps(summary, indent=2))

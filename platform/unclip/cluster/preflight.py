@@ -89,7 +89,9 @@ def what_is_missing(demand: Demand, nodes: Sequence[Node], *, placement: str = "
 
 def _slots(node: Node, bundle: Node) -> int:
     """How many bundles fit a node."""
-    counts = [int(has / needs + 1e-6) for has, needs in ((node.cpus, bundle.cpus), (node.gpus, bundle.gpus)) if needs > 0]
+    counts = [
+        int(has / needs + 1e-6) for has, needs in ((node.cpus, bundle.cpus), (node.gpus, bundle.gpus)) if needs > 0
+    ]
     return min(counts)
 
 

@@ -47,6 +47,8 @@ def connect() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.WARNING)
     else:
+        # A worker process takes seconds to start; by default idle ones are ended after one second.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         ray.init(
             address="local",
             num_cpus=local_cpus(),

@@ -6,13 +6,14 @@ row of the dataset and one block: a worker's rows of a few steps in a row, first
 message), then as arrays. Since blocks keep their order and are dealt out one by one, unit i goes to worker i mod N.
 Workers check the positions that they get all the same.
 
-Operators: number the chunks -> read each (I/O) -> decode each unit (CPU) -> embed (optional, CLIP actors).
+Operators: read chunks (I/O) -> decode units (CPU) -> embed them (optional, CLIP actors).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,22 +23,33 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions, TaskPoolStrategy
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+    ConcurrencyCapBackpressurePolicy,
+)
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.manifest import Manifest, read_slices
-from unclip.data.order import RunOrder
+from unclip.data.order import Chunk, RunOrder
 
 if TYPE_CHECKING:
     import torch
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.resource_manager import ResourceManager
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
+    from ray.data._internal.execution.streaming_executor_state import Topology
 
 UNIT_ROWS = 64
 """Rows a unit is filled up to with further steps, where one step gives a worker fewer: a unit costs Ray milliseconds."""
 PREFETCH_UNITS = 2
 """Units that a worker holds ahead of the one it trains on."""
-_CALM_S = 0.02
-_UNITS_AHEAD_OF_READER = 16
+CHUNKS_PER_TASK = 64
+"""Chunks that a reading task goes through: bounds both the number of tasks of a long run and what a lost one repeats."""
+UNITS_AHEAD = 4
+"""Units that wait for each worker between two operators."""
+_REST_S = 0.02
 
 
 class StreamError(RuntimeError):
@@ -108,17 +120,20 @@ class StreamPlan:
 def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
     """The stream as a lazy dataset whose rows are units; to be dealt out by `streaming_split(num_workers, equal=True)`.
 
-    Bounded: chunks are numbered one by one as they are read, so a run may have any number of them.
+    Memory is bounded: tasks wait where their units are not taken.
     """
-    chunks = range(plan.order.chunk_of(plan.start_position), plan.order.chunk_of(plan.stop_position - 1) + 1)
+    first, last = plan.order.chunk_of(plan.start_position), plan.order.chunk_of(plan.stop_position - 1)
+    tasks = [
+        {"first": start, "stop": min(start + CHUNKS_PER_TASK, last + 1)}
+        for start in range(first, last + 1, CHUNKS_PER_TASK)
+    ]
     with DataContext.current(_data_context()):
-        dataset = ray.data.from_items([{"run": 0}])
-        dataset = dataset.map_batches(partial(_number, chunks=chunks), batch_size=None, num_cpus=0)
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         dataset = dataset.map_batches(
             partial(_read, plan=plan),
             batch_size=None,
-            num_cpus=0.001,  # waits for storage most of the time; not 0, which would be fused with the numbering
-            compute=TaskPoolStrategy(size=2),  # the next chunk is read while one is decoded
+            num_cpus=0,  # it waits, for storage or for the decoders
+            compute=TaskPoolStrategy(size=1),  # a second one could fill the buffers before its turn comes
         )
         dataset = dataset.map_batches(
             partial(_decode, plan=plan),
@@ -178,27 +193,30 @@ def _to_tensor(array: np.ndarray[Any, Any], *, pin_memory: bool) -> torch.Tensor
     return tensor
 
 
-def _number(_: Batch, chunks: range) -> Iterator[Batch]:
-    """One row, hence one block and one task downstream, for each chunk; Ray asks for the next when it wants it."""
-    for index in chunks:
-        yield {"chunk": np.array([index])}
+def _read(tasks: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
+    """The units of a task's chunks, their records still encoded; the next chunk is read while one is handed on."""
+    chunks = [plan.order.chunk(i) for a, b in zip(tasks["first"], tasks["stop"], strict=True) for i in range(a, b)]
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(_records, chunks[0], plan)
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            records = upcoming.result()
+            if following is not None:
+                upcoming = ahead.submit(_records, following, plan)
+            for rows in _units(chunk, plan):
+                unit = records.take(chunk.permutation[rows])
+                unit = unit.append_column("position", pa.array(chunk.first_position + rows))
+                yield pa.table({"records": _serialise(unit)})
 
 
-def _read(numbers: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
-    """The units of a chunk, their records still encoded."""
-    for index in numbers["chunk"]:
-        chunk = plan.order.chunk(int(index))
-        records = read_slices(plan.manifest, chunk.slices, plan.spec.columns())
-        first = max(plan.start_position, chunk.first_position) - chunk.first_position
-        last = min(plan.stop_position - chunk.first_position, chunk.rows)
-        for rows in _units(first, last, plan):
-            unit = records.take(chunk.permutation[rows])
-            unit = unit.append_column("position", pa.array(chunk.first_position + rows))
-            yield pa.table({"records": _serialise(unit)})
+def _records(chunk: Chunk, plan: StreamPlan) -> pa.Table:
+    # In one piece: `take` would else put all the pieces together for every unit.
+    return read_slices(plan.manifest, chunk.slices, plan.spec.columns()).combine_chunks()
 
 
-def _units(first: int, last: int, plan: StreamPlan) -> Iterator[np.ndarray[Any, Any]]:
-    """Row numbers of each unit between two steps' ends: worker 0's, worker 1's, … of a few steps, then of the next few."""
+def _units(chunk: Chunk, plan: StreamPlan) -> Iterator[np.ndarray[Any, Any]]:
+    """Row numbers of each unit of a chunk: worker 0's, worker 1's, … of a few steps, then those of the next few."""
+    first = max(plan.start_position - chunk.first_position, 0)
+    last = min(plan.stop_position - chunk.first_position, chunk.rows)
     batch = plan.order.global_batch_size
     for start in range(first, last, batch * plan.steps_per_unit):
         stop = min(start + batch * plan.steps_per_unit, last)
@@ -234,14 +252,10 @@ class _ClipActor:
         self.stage = ClipEmbedStage(pool.source, device="cuda" if pool.gpus else "cpu")
         self.stage.setup()
 
-    def __call__(self, unit: Batch) -> Batch:
-        (unit_arrays,) = _rows(unit)
-        return {name: array[np.newaxis] for name, array in self.stage.process(unit_arrays).items()}
-
-
-def _rows(units: Batch) -> Iterable[Batch]:
-    for index in range(len(units["position"])):
-        yield {name: array[index] for name, array in units.items()}
+    def __call__(self, units: Batch) -> Iterator[Batch]:
+        for index in range(len(units["position"])):
+            batch = self.stage.process({name: array[index] for name, array in units.items()})
+            yield {name: array[np.newaxis] for name, array in batch.items()}
 
 
 def _data_context() -> DataContext:
@@ -252,17 +266,45 @@ def _data_context() -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None
-    context._max_num_blocks_in_streaming_gen_buffer = _UNITS_AHEAD_OF_READER
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _CalmExecutor]
+    context._max_num_blocks_in_streaming_gen_buffer = UNITS_AHEAD  # units that a reading task is ahead of Ray Data
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [ConcurrencyCapBackpressurePolicy, _UnitsAhead])
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
     return context
 
 
-class _CalmExecutor(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest while workers have something to take.
+class _UnitsAhead(BackpressurePolicy):
+    """Bounds the stream by counting units, so that memory is known and nothing can starve.
 
-    With its buffers full the loop spins without a pause, and takes half a core from training on a small machine.
+    Ray Data's own policies share out bytes of the object store. They stop the decoders while two workers wait for the
+    second of two units, after which nothing ever moves; and where the store is large they decode far ahead, for nothing
+    in a short run.
+    """
+
+    def __init__(self, data_context: DataContext, topology: Topology, resource_manager: ResourceManager) -> None:
+        super().__init__(data_context, topology, resource_manager)
+        operators = list(topology)
+        self._reader = operators[1]  # after the operator that holds the numbers of chunks
+        self._limit = UNITS_AHEAD * operators[-1].num_output_splits()
+
+    def can_add_input(self, op: PhysicalOperator) -> bool:
+        """New units are decoded or embedded while few wait behind them."""
+        operators = list(self._topology)
+        behind = operators[operators.index(op) :]
+        waiting = sum(self._topology[operator].total_enqueued_output_blocks() for operator in behind)
+        return op is self._reader or waiting < self._limit + (op.get_max_concurrency_limit() or 0)
+
+    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
+        """The reader waits while enough encoded units wait for the decoders."""
+        is_enough = op is self._reader and self._topology[op].total_enqueued_output_blocks() >= self._limit
+        return 0 if is_enough else None
+
+
+class _Rest(ExecutionCallback):
+    """Lets Ray Data's scheduling loop sleep while workers have units to take.
+
+    While everything waits for the workers it would spin, and take half a core from training on a small machine.
     """
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         if not executor._consumer_idling():
-            time.sleep(_CALM_S)
+            time.sleep(_REST_S)

@@ -133,7 +133,10 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     for key, value in changes.items():
         old = merged.get(key)
         same_kind = not (
-            isinstance(value, Mapping) and isinstance(old, Mapping) and "kind" in value and value["kind"] != old.get("kind")
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and "kind" in value
+            and value["kind"] != old.get("kind")
         )
         if isinstance(old, Mapping) and isinstance(value, Mapping) and same_kind:
             merged[key] = _merge(old, value)
@@ -166,7 +169,9 @@ def _fields_at(cls: type[Config], location: Sequence[str]) -> list[str]:
         field = cls.model_fields.get(part)
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
         configs = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
-        tagged = [c for c in configs if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)]
+        tagged = [
+            c for c in configs if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
+        ]
         if configs:
             cls = (tagged or configs)[0]
     return list(cls.model_fields)

@@ -25,7 +25,9 @@ class JobArguments(Generic[C]):
 class _HelpWithFields(argparse.Action):
     """Prints the usual help, then every field of the chosen recipe with its default and meaning."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, *, recipes: Mapping[str, Callable[[], Config]]) -> None:
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, recipes: Mapping[str, Callable[[], Config]]
+    ) -> None:
         super().__init__(option_strings, dest, nargs=0, help="show this and every field of the recipe")
         self.recipes = recipes
 
@@ -49,7 +51,9 @@ def parse_job(
     default = next(iter(recipes))
     parser.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipes)} (default: {default})")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with fields to change")
-    parser.add_argument("--set", metavar="A.B=VALUE", action="append", default=[], dest="assignments", help="change a field")
+    parser.add_argument(
+        "--set", metavar="A.B=VALUE", action="append", default=[], dest="assignments", help="change a field"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, claim and write nothing")
     parser.add_argument("-h", "--help", action=_HelpWithFields, recipes=recipes)
     arguments = parser.parse_args(argv)

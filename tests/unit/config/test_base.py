@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 from pydantic import Field
+
 from unclip.config.base import Config, ConfigError, describe
 
 
@@ -46,7 +47,13 @@ def test_round_trip_through_plain_values() -> None:
 
 def test_overrides_are_typed_and_nested() -> None:
     config = Outer(steps=3).override(["inner.width=32", "rate=1e-4", "sizes=[4, 8]", "path=s3://bucket/x", "steps=7"])
-    assert (config.inner.width, config.rate, config.sizes, config.path, config.steps) == (32, 1e-4, (4, 8), "s3://bucket/x", 7)
+    assert (config.inner.width, config.rate, config.sizes, config.path, config.steps) == (
+        32,
+        1e-4,
+        (4, 8),
+        "s3://bucket/x",
+        7,
+    )
     assert Outer(steps=3).inner.width == 8
 
 
@@ -91,7 +98,7 @@ def test_files_are_read_and_their_faults_named(tmp_path) -> None:
     good = tmp_path / "run.yaml"
     good.write_text("steps: 5\ninner: {width: 16}\n")
     assert Outer.load(good).inner.width == 16
-    with pytest.raises(ConfigError, match="missing.yaml"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
         Outer.load(tmp_path / "missing.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="mapping"):

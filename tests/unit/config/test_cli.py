@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pydantic import Field
+
 from unclip.config.base import Config
 from unclip.config.cli import parse_job
 

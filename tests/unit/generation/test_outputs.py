@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from unclip.generation.outputs import captioned_grid, read_png, read_png_metadata, write_png
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from unclip.config.base import ConfigError
 from unclip.generation.requests import GenerateConfig, Request, check_lengths, plan
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from unclip.config.base import ConfigError
 from unclip.generation.outputs import read_png_metadata
 from unclip.generation.requests import GenerateConfig

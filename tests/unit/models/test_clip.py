@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+
 from unclip.models.clip import (
     ClipArchitectureConfig,
     ClipConfig,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from unclip.models.decoder import DecoderCondition
 from unclip.models.prior import PriorCondition
 from unclip.models.upsampler import UpsamplerCondition

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.decoder import DecoderCondition, DecoderConfig, DecoderModel
 from unclip.models.text import TextTransformerConfig
 from unclip.models.unet import UNetConfig

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.layers import group_norm, merge_heads, split_heads, timestep_embedding
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from unclip.models.normalizer import EmbeddingNormalizerConfig, from_statistics, paper_scale
 
 

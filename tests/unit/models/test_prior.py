@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.prior import PriorCondition, PriorConfig, PriorModel
 
 CONFIG = PriorConfig(embed_dim=6, vocab_size=50, context_length=8, width=32, depth=2, heads=4)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.clip import Tokenizer
 from unclip.models.text import TextTransformer, TextTransformerConfig, caption_mask
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.unet import ResidualBlock, SpatialAttention, UNet, UNetConfig
 
 SMALL: dict[str, Any] = {"channels": 16, "channel_mult": (1, 2), "depth": 1, "head_channels": 8, "image_size": 16}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from torch import nn
+
 from unclip.models.unet import ResidualBlock, UNet, UNetConfig
 
 RESIDUAL = {

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, upsample_low_res
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
 from unclip.pipelines.bundle import Bundle, BundleError, ClipReference, save_stage
 from unclip.pipelines.stages import STAGE_NAMES, StageConfig
 from unclip.utils import storage

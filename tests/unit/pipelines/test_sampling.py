@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+
 from unclip.pipelines.sampling import DecoderStage, PriorStage, UpsamplerStage, to_signed, to_uint8
 from unclip.utils.random import SampleGenerator
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+
 from unclip.config.base import ConfigError
 from unclip.pipelines.stages import StageConfig, stage_config_from_dict
 

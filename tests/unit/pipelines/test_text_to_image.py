@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+
 from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import BundleError
 from unclip.pipelines.sampling import to_signed, to_uint8

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import torch
 from torch import nn
+
 from unclip.training import checkpoint, zero_state
 from unclip.training.checkpoint import CheckpointError
 from unclip.training.engine import Engine, ZeroConfig

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+
 from unclip.training.optim import EmaAdamW, OptimizerConfig, ema_decay_at, learning_rate_at, parameter_groups
 
 

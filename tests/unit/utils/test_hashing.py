@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+
 from unclip.utils.hashing import fingerprint, sha256_file
 
 

