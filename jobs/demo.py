@@ -35,6 +35,9 @@ TRAIN_SHARES: dict[StageName, float] = {
 START_S, EMBED_S, GENERATE_S, LEAST_S = 14.0, 15.0, 60.0, 5.0
 """What a stage's start takes beside its training, the embedding and the pictures; the least that a stage trains."""
 
+DRAWINGS = {64: 800, 256: 400, 1024: 120}
+"""Training drawings of each size in 12 minutes; more time takes more of them."""
+
 PROMPTS = (
     ("a red heart", "seen in training"),
     ("a green circle", "seen in training"),
@@ -56,10 +59,8 @@ class DemoConfig(Config):
     """Time for everything, set-up included; more gives better pictures."""
     started_at: float = 0.0
     """Unix time from which the minutes count; 0: now. `make demo` passes when it began to set up."""
-    data: str = "data/openmoji"
-    """Where the rendered drawings go; kept for later runs."""
     out: str = ""
-    """Folder of runs, bundle and pictures; empty: runs/demo-MINUTES."""
+    """Folder of drawings, runs, bundle and pictures; empty: runs/demo-MINUTES."""
     seed: int = Field(default=0, ge=0)
     """Seed of training and of the first picture."""
 
@@ -72,6 +73,7 @@ class Demo:
         self.deadline = (config.started_at or time.time()) + 60 * config.minutes
         self.out = storage.absolute(config.out or f"runs/demo-{config.minutes:g}")
         self.bundle = storage.join(self.out, "bundle")
+        self.data = storage.join(self.out, "openmoji")
         self.wall: dict[str, float] = {}
 
     def run(self) -> str:
@@ -89,25 +91,22 @@ class Demo:
             return self._generate()
 
     def _prepare(self) -> None:
-        """All drawings at 64 pixels; at the larger sizes a sample, which is enough for crops and quicker to render."""
-        data = self.config.data
-        scale = max(1.0, self.config.minutes / 12)
-        prepare(PrepareConfig(out=data, sizes=(64,)))
-        prepare(PrepareConfig(out=data, sizes=(256,), limit=int(800 * scale)))
-        prepare(PrepareConfig(out=data, sizes=(1024,), limit=int(160 * scale)))
+        """As many drawings as the time lets a small model learn; fewer at the large sizes, where crops are enough."""
+        for size, limit in DRAWINGS.items():
+            limit = int(limit * self.config.minutes / 12)
+            prepare(PrepareConfig(out=self.data, sizes=(size,), limit=max(limit, 16)))
 
     def _train(self, stage: StageName) -> None:
         recipe = RECIPES[stage]["demo"]()
-        data = {"clip": "64/train", "prior": "64-clip/train", "decoder": "64-clip/train"}
-        folder = data.get(stage, f"{stage.removeprefix('upsampler_')}/train")
-        root = self.out if "-clip" in folder else self.config.data
+        folders = {"clip": "64/train", "prior": "64-clip/train", "decoder": "64-clip/train"}
+        folder = folders.get(stage, f"{stage.removeprefix('upsampler_')}/train")
         config = recipe.merged(
             {
                 "seed": self.config.seed,
                 "run": storage.join(self.out, stage),
                 "bundle": self.bundle,
                 "clip": storage.join(self.bundle, "clip") if stage in ("prior", "decoder") else None,
-                "data": {"path": storage.join(root, folder)},
+                "data": {"path": storage.join(self.data, folder)},
                 "loop": {"time_limit_s": self._time_limit(stage)},
             }
         )
@@ -135,8 +134,8 @@ class Demo:
     def _embed(self) -> None:
         run_embed(
             EmbedConfig(
-                data=storage.join(self.config.data, "64/train"),
-                out=storage.join(self.out, "64-clip/train"),
+                data=storage.join(self.data, "64/train"),
+                out=storage.join(self.data, "64-clip/train"),
                 clip=storage.join(self.bundle, "clip"),
             )
         )

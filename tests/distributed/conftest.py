@@ -38,10 +38,10 @@ def _run_ranks(function: Function, world_size: int, folder: Path) -> list[Any]:
 
 
 def _start(function: Function, rank: int, world_size: int, folder: Path, meeting: Path) -> subprocess.Popen[bytes]:
-    launcher, platform = Path(__file__).with_name("launch.py"), Path(__file__).parents[2] / "platform"
+    launcher, root = Path(__file__).with_name("launch.py"), Path(__file__).parents[2]
     settings = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(platform),
+        "PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)]),  # the package, and tests.support
         "GLOO_SOCKET_IFNAME": "lo",
         "LOCAL_RANK": str(rank),
     }

@@ -155,7 +155,12 @@ def _dataset(config: EmbedConfig, plan: _Plan, fragments: Sequence[int]) -> ray.
             compute=ActorPoolStrategy(size=config.actors),
             **({"num_gpus": config.gpus} if config.gpus else {"num_cpus": 1}),
         )
-        return dataset.map_batches(partial(_write, plan=plan), batch_size=None, num_cpus=0.01)
+        return dataset.map_batches(
+            partial(_write, plan=plan),
+            batch_size=None,
+            num_cpus=0.01,  # beside the decoders, which keep their CPUs while they wait for the writers
+            compute=TaskPoolStrategy(size=config.data_cpus),
+        )
 
 
 def _decode(tasks: Batch, plan: _Plan) -> Iterator[Batch]:

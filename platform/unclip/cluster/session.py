@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import ray
 
 import unclip
@@ -49,6 +48,7 @@ def connect() -> None:
     else:
         # A worker process takes seconds to start; by default idle ones are ended after one second.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         ray.init(
             address="local",
             num_cpus=local_cpus(),
@@ -68,7 +68,8 @@ def local_cpus() -> int:
 
 def local_object_store_bytes() -> int:
     """Shared memory of a local instance: 30 % of the machine's memory, at most 2 GiB."""
-    return min(MAX_OBJECT_STORE_BYTES, int(0.3 * psutil.virtual_memory().total))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(MAX_OBJECT_STORE_BYTES, int(0.3 * memory))
 
 
 def _prepare_environment() -> None:

@@ -11,6 +11,8 @@ Operators: read chunks (I/O) -> decode units (CPU) -> embed them (optional, CLIP
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 UNIT_ROWS = 64
 """Rows a unit is filled up to with further steps, where one step gives a worker fewer: a unit costs Ray milliseconds."""
 PREFETCH_UNITS = 2
-"""Units that a worker holds ahead of the one it trains on."""
+"""Units that a worker fetches ahead of the one it takes apart."""
+STEPS_AHEAD = 2
+"""Steps that a worker has ready, as tensors."""
 CHUNKS_PER_TASK = 64
 """Chunks that a reading task goes through: bounds both the number of tasks of a long run and what a lost one repeats."""
 UNITS_AHEAD = 4
@@ -164,8 +168,33 @@ def batches(
     """Worker `rank`'s rows of one step after the other, from `plan.start_position` to `plan.stop_position`.
 
     Each is a dict of contiguous CPU tensors with `plan.rank_batch_size` rows, as `make_batch` names and types them.
+    The stream starts at once, in a thread that keeps `STEPS_AHEAD` steps ready, while the caller builds its model.
     Raises `StreamError` where the stream gives other samples than the step is made of, or ends early.
     """
+    ready: queue.Queue[dict[str, torch.Tensor] | BaseException | None] = queue.Queue(STEPS_AHEAD)
+
+    def fill() -> None:
+        try:
+            for step in _steps(shard, plan, rank, pin_memory=pin_memory):
+                ready.put(step)
+            ready.put(None)
+        except BaseException as error:  # raised again where the batches are used
+            ready.put(error)
+
+    threading.Thread(target=fill, name="stream", daemon=True).start()
+    return _taken(ready)
+
+
+def _taken(ready: queue.Queue[dict[str, torch.Tensor] | BaseException | None]) -> Iterator[dict[str, torch.Tensor]]:
+    while (step := ready.get()) is not None:
+        if isinstance(step, BaseException):
+            raise step
+        yield step
+
+
+def _steps(
+    shard: ray.data.DataIterator, plan: StreamPlan, rank: int, *, pin_memory: bool
+) -> Iterator[dict[str, torch.Tensor]]:
     size, batch = plan.rank_batch_size, plan.order.global_batch_size
     position = plan.start_position
     for unit in shard.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=PREFETCH_UNITS):

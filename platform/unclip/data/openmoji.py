@@ -31,6 +31,7 @@ from unclip.data.manifest import FACTS_FILE
 from unclip.data.openmoji_captions import describe_emoji
 from unclip.data.openmoji_splits import SPLITS, Split, assign_splits
 from unclip.utils import storage
+from unclip.utils.progress import progress_bar
 
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 512
@@ -63,7 +64,8 @@ class PrepareConfig(Config):
     heldout_fraction: float = Field(default=0.03, gt=0.0, lt=1.0)
     """Share of the random held-out split in what the compositional one leaves."""
     limit: int | None = Field(default=None, ge=1)
-    """Training records to render, a random sample of them; null for all. The other splits are always whole."""
+    """Training records to render; null for all. Coloured shapes come first, then one drawing of each role and all that have
+    no variants, in random order: as many different subjects as the number allows. The other splits are always whole."""
     workers: int = Field(default_factory=multiprocessing.cpu_count, ge=1)
     """Processes that render."""
 
@@ -146,9 +148,12 @@ def prepare(config: PrepareConfig, *, dry_run: bool = False) -> dict[str, Any]:
     missing = [name for name in folders if not _is_complete(storage.join(config.out, name), facts[name])]
     if missing and not dry_run:
         storage.write_bytes(storage.join(config.out, "ATTRIBUTION.md"), _attribution().encode())
-        with _renderer(config.workers) as render_all, tqdm(total=sum(facts[n]["rows"] for n in missing)) as bar:
+        with (
+            _renderer(config.workers) as render_all,
+            progress_bar(sum(facts[n]["rows"] for n in missing), "picture") as bar,
+        ):
             for name in missing:
-                bar.set_description(f"rendering {name}")
+                bar.set_description(f"rendering {name}", refresh=False)
                 _write_folder(storage.join(config.out, name), facts[name], members[folders[name][1]], render_all, bar)
     return {
         "drawings": len(drawings) + left_out.total(),
@@ -172,13 +177,26 @@ def render(svg_path: str, size: int) -> bytes:
 
 
 def _members(drawings: list[OpenMoji], splits: list[Split], config: PrepareConfig) -> dict[Split, list[OpenMoji]]:
-    """The records of each split in a random order that depends on the seed, so that any first part is a fair sample."""
+    """The records of each split in a random order that depends on the seed; of `train` the most varied first part."""
     members: dict[Split, list[OpenMoji]] = {split: [] for split in SPLITS}
     order = sorted(range(len(drawings)), key=lambda index: _hash(f"{config.seed} {drawings[index].hexcode}"))
     for index in order:
         members[splits[index]].append(drawings[index])
-    members["train"] = members["train"][: config.limit]
+    if config.limit is not None:
+        members["train"] = _most_varied(members["train"], config.limit)
     return members
+
+
+def _most_varied(drawings: list[OpenMoji], limit: int) -> list[OpenMoji]:
+    """`limit` of the drawings: coloured shapes, then first variants of each role, then second ones, and so on."""
+    variants: Counter[str] = Counter()
+    ranks = []
+    for drawing in drawings:
+        is_shape = drawing.colour is not None and drawing.shape is not None
+        ranks.append(-1 if is_shape else variants[drawing.role] if drawing.role else 0)
+        variants[drawing.role or ""] += 1
+    chosen = sorted(range(len(drawings)), key=ranks.__getitem__)[:limit]
+    return [drawings[index] for index in sorted(chosen)]
 
 
 def _without_false_tones(drawings: list[OpenMoji]) -> tuple[list[OpenMoji], list[OpenMoji]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from PIL import UnidentifiedImageError
@@ -18,6 +19,7 @@ from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.stages import DecoderStageConfig, PriorStageConfig
 from unclip.pipelines.text_to_image import Cascade, Pipeline, plan_cascade
 from unclip.utils import storage
+from unclip.utils.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,13 @@ class GenerationJob:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
         pipeline = Pipeline.from_bundle(self.bundle, self.device, dtype=dtype, options=config.options)
         total, there = len(self.requests), len(self.requests) - len(requests)
-        with tqdm(total=total, initial=there, unit="image", smoothing=0.1) as bar:
+        with progress_bar(total, "image", done=there) as bar:
             for batch in _batches(requests, config.batch_size):
                 output = pipeline(
                     [request.prompt for request in batch],
                     [request.seed for request in batch],
                     options=config.options,
-                    progress=lambda stage, done, steps: bar.set_postfix_str(f"{stage} {done}/{steps}"),
+                    progress=partial(_show, bar),
                 )
                 for size, pictures in output.images.items():
                     for request, picture in zip(batch, pictures, strict=True):
@@ -103,6 +105,11 @@ class GenerationJob:
         sampling = {name: config.to_dict() for name, config in self.cascade.sampling.items()}
         settings = {"precision": self.config.precision, "sampling": sampling}
         return {"bundle": self.bundle.digest, "settings": json.dumps(settings, sort_keys=True)}
+
+
+def _show(bar: tqdm[Any], stage: str, done: int, steps: int) -> None:
+    bar.set_postfix_str(f"{stage} {done}/{steps}", refresh=False)
+    bar.update(0)  # redrawn when it is due
 
 
 def _device(name: str) -> torch.device:

@@ -220,8 +220,9 @@ class UNet(nn.Module):
         time = functional.silu(time if embedding is None else time + embedding.to(dtype))
         context = None if context is None else context.to(dtype)
         h = functional.pixel_unshuffle(x.to(dtype), self.config.patch_size)
-        # Channels last: convolutions and attention then share one layout, and nothing is copied between them.
-        h = self.stem(h.contiguous(memory_format=torch.channels_last))
+        # Tensor cores want channels last; on CPUs, training is a third faster with channels first.
+        layout = torch.channels_last if h.is_cuda else torch.contiguous_format
+        h = self.stem(h.contiguous(memory_format=layout))
         skips = [h]
         for layer in self.down:
             h = self._run(layer, h, time, context, context_mask)

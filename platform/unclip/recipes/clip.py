@@ -54,7 +54,7 @@ def demo() -> TrainConfig:
                 image_size=64,
                 vision_layers=4,
                 vision_width=128,
-                vision_patch_size=8,
+                vision_patch_size=16,
                 vision_head_width=32,
                 context_length=24,
                 text_width=128,

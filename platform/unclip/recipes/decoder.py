@@ -64,7 +64,7 @@ def demo() -> TrainConfig:
     model = DecoderConfig(
         unet=UNetConfig(
             out_channels=6,
-            channels=48,
+            channels=32,
             channel_mult=(1, 2, 4),
             depth=1,
             attention_resolutions=(8,),
@@ -75,7 +75,7 @@ def demo() -> TrainConfig:
         text=TextTransformerConfig(context_length=24, width=64, depth=1, heads=2),
         embed_dim=128,
     )
-    sampling = SamplingConfig(sampler="ddim", num_inference_steps=50, guidance_scale=2.0)
+    sampling = SamplingConfig(sampler="ddim", num_inference_steps=50, guidance_scale=1.5)
     return TrainConfig(
         stage="decoder",
         recipe="demo",
@@ -83,10 +83,14 @@ def demo() -> TrainConfig:
         bundle=shared.bundle("demo"),
         clip=f"{shared.bundle('demo')}/clip",
         data=TrainDataConfig(path=shared.openmoji(64, embedded=True), shuffle_rows=4096),
-        objective=DecoderObjectiveConfig(stage=stage(model, sampling), normalization="whiten"),
-        optimizer=shared.demo_optimizer(1e-3),
+        # The one departure from the paper's process: in hundreds of steps instead of hundreds of thousands, predicting the
+        # velocity learns colours and shapes long before predicting the noise does.
+        objective=DecoderObjectiveConfig(
+            stage=stage(model, sampling, prediction_type="v_prediction"), normalization="whiten"
+        ),
+        optimizer=shared.demo_optimizer(2e-3),
         zero=shared.BF16,
-        loop=shared.demo_loop(batch=32, time_limit_s=210.0),
+        loop=shared.demo_loop(batch=16, time_limit_s=270.0),
     )
 
 

@@ -34,14 +34,16 @@ class RunFolder:
         self._summary_uri = storage.join(self.uri, "summary.json")
 
     def check(self, config: TrainConfig) -> None:
-        """Raises `ConfigError` where the folder holds a run that `config` does not continue, or cannot be written."""
+        """Raises `ConfigError` naming what differs where the folder holds a run that `config` does not continue."""
         stored_uri = storage.join(self.uri, "config.json")
         if storage.exists(stored_uri):
             stored = storage.read_json(stored_uri)
-            differences = list(_differences(stored, config.to_dict(), _MAY_CHANGE, ""))
+            differences = _differences(stored, config.to_dict(), _MAY_CHANGE, "")
+            differences.sort(key=lambda text: text.split(" ", 1)[0].count("."))  # what a run is called comes first
             if differences:
+                more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
                 raise ConfigError(
-                    f"run = {self.uri!r} holds another run: {'; '.join(differences[:5])}. "
+                    f"run = {self.uri!r} holds another run: {'; '.join(differences[:5])}{more}. "
                     "Choose another run folder, or delete that one"
                 )
 
@@ -57,11 +59,16 @@ class RunFolder:
         storage.write_json(self.progress_uri, record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every logged record; lines that a restart logged again replace the earlier ones of the same step."""
+        """The records of the run as it went, by step: a restart takes back what was logged behind its checkpoint."""
         if not storage.exists(self._metrics_uri):
             return []
-        records = [json.loads(line) for line in storage.read_bytes(self._metrics_uri).decode().splitlines()]
-        return sorted({record["step"]: record for record in records}.values(), key=lambda record: record["step"])
+        records: list[dict[str, Any]] = []
+        for line in storage.read_bytes(self._metrics_uri).decode().splitlines():
+            record = json.loads(line)
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+            records.append(record)
+        return records
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Stores what the run came to."""
@@ -100,4 +107,9 @@ def _differences(stored: Any, asked: Any, may_change: Any, path: str) -> list[st
             free = key in may_change if isinstance(may_change, set) else may_change.get(key, {})
             found += _differences(stored.get(key), asked.get(key), free or {}, f"{path}.{key}" if path else key)
         return found
-    return [f"{path} was {stored!r}, is now {asked!r}"]
+    return [f"{path} was {_short(stored)}, is now {_short(asked)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -61,8 +61,12 @@ def clip_reference(config: TrainConfig) -> ClipReference | None:
 
 def check_outputs(config: TrainConfig) -> None:
     """Raises `OSError` where the run folder or the bundle cannot be written. Leaves nothing behind but empty folders."""
-    for uri in filter(None, (config.run, config.bundle)):
-        storage.check_writable(uri)
+    for field, uri in (("run", config.run), ("bundle", config.bundle)):
+        if uri is not None:
+            try:
+                storage.check_writable(uri)
+            except OSError as error:
+                raise OSError(f"{field} = {error}") from None
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -91,7 +95,7 @@ def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
                 f"clip = {config.clip!r} (fingerprint {fingerprint[:12]}…) is not the CLIP of the embeddings in "
                 f"{manifest.uri!r} ({facts['source']!r}, {facts['fingerprint'][:12]}…)"
             )
-    return {**facts, "statistics": manifest.facts["statistics"]}
+    return {**facts, "statistics": manifest.facts.get("statistics")}
 
 
 def load_clip_named(source: str) -> ClipModel:

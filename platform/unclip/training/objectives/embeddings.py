@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclip.config.base import ConfigError
-from unclip.models.normalizer import EmbeddingNormalizerConfig, paper_scale
+from unclip.models.normalizer import EmbeddingNormalizerConfig, from_statistics, paper_scale
 from unclip.training.objectives.base import NormalizationName
 
 
@@ -29,4 +29,4 @@ def fit_normalizer(
             "objective.normalization = 'whiten' needs the statistics that jobs/embed.py stores: "
             "set data.embeddings=columns, or objective.normalization=scale"
         )
-    return EmbeddingNormalizerConfig(mean=tuple(statistics["mean"]), std=tuple(statistics["std"]))
+    return from_statistics(statistics["mean"], statistics["std"])

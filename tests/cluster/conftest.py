@@ -1,0 +1,85 @@
+"""One local Ray instance for all cluster tests, small records whose pictures tell their id, and a tiny CLIP."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from unclip.pipelines.bundle import ClipReference, save_stage
+from unclip.pipelines.stages import stage_config_from_dict
+
+ROWS_OF_FILES = (40, 30, 50)
+ROWS_OF_GROUPS = 16
+PIXELS = 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_session() -> Iterator[None]:
+    """An instance of our own, whatever cluster the environment points to."""
+    from unclip.cluster import session
+
+    address = os.environ.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else every other process on the machine goes before the workers
+    with session.session():
+        yield
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of 120 records in 3 shards; every pixel of record i has the value i in red, so a picture tells its id."""
+    folder = tmp_path_factory.mktemp("records")
+    first = 0
+    for number, rows in enumerate(ROWS_OF_FILES):
+        ids = range(first, first + rows)
+        columns = {
+            "id": pa.array(ids, pa.int64()),
+            "image": pa.array([_png(index) for index in ids], pa.large_binary()),
+            "caption": [f"drawing number {index}" for index in ids],
+            "extra": [index * 0.5 for index in ids],
+        }
+        pq.write_table(pa.table(columns), folder / f"part-{number}.parquet", row_group_size=ROWS_OF_GROUPS)
+        first += rows
+    return str(folder)
+
+
+def _png(index: int) -> bytes:
+    noise = np.random.default_rng(index).integers(0, 255, (PIXELS, PIXELS, 3), dtype=np.uint8)
+    noise[..., 0] = index
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of an exported `clip` stage with random weights."""
+    architecture = {
+        "embed_dim": 8,
+        "image_size": PIXELS,
+        "vision_layers": 1,
+        "vision_width": 16,
+        "vision_patch_size": 8,
+        "vision_head_width": 8,
+        "context_length": 16,
+        "text_width": 16,
+        "text_heads": 2,
+        "text_layers": 1,
+    }
+    config = stage_config_from_dict({"kind": "clip", "architecture": architecture})
+    torch.manual_seed(0)
+    model = config.build()
+    bundle = tmp_path_factory.mktemp("bundle")
+    reference = ClipReference(source="clip", fingerprint=str(model.fingerprint))
+    save_stage(str(bundle), config, tensors=model.state_dict(), clip=reference, provenance={})
+    return str(Path(bundle) / "clip")

@@ -1,0 +1,62 @@
+"""What does not fit a cluster is refused with words that help, and what fits is let through."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from unclip.cluster import preflight, session
+from unclip.cluster.preflight import Demand, Node, PreflightError, what_is_missing
+from unclip.config.resources import ResourcesConfig
+
+
+def demand(workers: int, cpus: float = 1, gpus: float = 0, *, data_cpus: int = 1, clip_actors: int = 0) -> Demand:
+    return Demand(workers, Node(cpus, gpus), data_cpus, clip_actors, Node(1, 0))
+
+
+def test_workers_and_the_data_stream_have_to_fit_together() -> None:
+    assert what_is_missing(demand(3), [Node(4, 0)]) is None
+    assert what_is_missing(demand(4), [Node(4, 0)]) == "1 CPUs are missing"
+    assert what_is_missing(demand(2, clip_actors=2), [Node(4, 0)]) == "1 CPUs are missing"
+    assert what_is_missing(demand(4), [Node(4, 0), Node(1, 0)]) is None
+
+
+def test_a_worker_has_to_fit_one_node() -> None:
+    assert what_is_missing(demand(1, cpus=6), [Node(4, 0), Node(4, 0)]) == "only 0 of 1 workers find a place on a node"
+    assert (
+        what_is_missing(demand(3, gpus=4), [Node(64, 8), Node(64, 2)]) == "only 2 of 3 workers find a place on a node"
+    )
+
+
+def test_strict_placements() -> None:
+    nodes = [Node(8, 4), Node(8, 4)]
+    assert what_is_missing(demand(8, gpus=1), nodes, placement="PACK") is None
+    assert "STRICT_PACK" in (what_is_missing(demand(8, gpus=1), nodes, placement="STRICT_PACK") or "")
+    assert "only 2 of 3" in (what_is_missing(demand(3, gpus=1), nodes, placement="STRICT_SPREAD") or "")
+
+
+def test_too_many_workers_are_refused_with_settings_that_fit() -> None:
+    cpus = session.local_cpus()
+    with pytest.raises(PreflightError) as refused:
+        preflight.check_resources(ResourcesConfig(num_workers=100, data_cpus=2, use_gpu="no"))
+    message = str(refused.value)
+    assert f"only {cpus} of 100 workers" in message
+    assert "100 workers x 1 CPUs + 2 CPUs for the data stream = 102 CPUs" in message
+    assert f"{cpus} CPUs on 1 nodes" in message
+    settings = dict(re.findall(r"--set resources\.(\w+)=(\d+)", message))
+    preflight.check_resources(ResourcesConfig(use_gpu="no", **{name: int(value) for name, value in settings.items()}))
+    assert int(settings["num_workers"]) == cpus - 1
+
+
+def test_gpus_that_are_not_there_are_refused() -> None:
+    assert not preflight.uses_gpu(ResourcesConfig(use_gpu="auto"))
+    with pytest.raises(PreflightError, match=r"the cluster has no GPU: .* resources\.use_gpu=no"):
+        preflight.check_resources(ResourcesConfig(use_gpu="yes"))
+
+
+def test_clip_actors_count() -> None:
+    resources = ResourcesConfig(use_gpu="no", clip_actors=session.local_cpus())
+    preflight.check_resources(resources, clip_in_stream=False)
+    with pytest.raises(PreflightError, match="CLIP actors"):
+        preflight.check_resources(resources, clip_in_stream=True)

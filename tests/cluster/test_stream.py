@@ -1,0 +1,141 @@
+"""The stream against the order it promises: every sample once, at its place, for any number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from unclip.cluster import stream
+from unclip.data.batches import BatchSpec, make_batch
+from unclip.data.embedding import ClipEmbedStage
+from unclip.data.manifest import read_slices, scan
+from unclip.data.order import RunOrder
+from unclip.models.clip import load_clip
+
+BATCH = 12
+CHUNK = 36
+STEPS = 15  # one epoch and a half; the epoch's last chunk is a short one
+
+
+def make_plan(records: str, *, workers: int, spec: BatchSpec | None = None, **changes: Any) -> stream.StreamPlan:
+    manifest = scan(records, ("id", "image"))
+    order = RunOrder([f.rows for f in manifest.fragments], seed=3, global_batch_size=BATCH, chunk_rows=CHUNK)
+    plan = stream.StreamPlan(manifest, order, spec or BatchSpec(image_size=8), workers, 0, STEPS * BATCH)
+    return replace(plan, **changes)
+
+
+def consume(plan: stream.StreamPlan, *, told: stream.StreamPlan | None = None) -> list[list[dict[str, np.ndarray]]]:
+    """What each worker gets, step by step; workers believe in the plan `told`."""
+    told = told or plan
+
+    @ray.remote(num_cpus=0.5)
+    def worker(shard: ray.data.DataIterator, rank: int) -> list[dict[str, np.ndarray]]:
+        return [{name: tensor.numpy() for name, tensor in step.items()} for step in stream.batches(shard, told, rank)]
+
+    shards = stream.build_dataset(plan).streaming_split(plan.num_workers, equal=True)
+    return ray.get([worker.remote(shard, rank) for rank, shard in enumerate(shards)], timeout=300)
+
+
+def expected_ids(plan: stream.StreamPlan) -> np.ndarray:
+    """Ids of the run in their order, from the definition alone: record ids count rows in the order of fragments."""
+    first_id = np.cumsum([0, *(fragment.rows for fragment in plan.manifest.fragments)])
+    ids: list[int] = []
+    for index in range(plan.order.chunk_of(plan.stop_position - 1) + 1):
+        chunk = plan.order.chunk(index)
+        rows = np.concatenate([first_id[f] + np.arange(start, stop) for f, start, stop in chunk.slices])
+        ids.extend(rows[chunk.permutation])
+    return np.array(ids)[plan.start_position : plan.stop_position]
+
+
+def run_order(workers: list[list[dict[str, np.ndarray]]], name: str) -> np.ndarray:
+    """A column in the order of the run: worker 0's part of a step, worker 1's, … then the next step."""
+    return np.concatenate([step[name] for steps in zip(*workers, strict=True) for step in steps])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_sample_comes_once_and_at_its_place(records: str, workers: int) -> None:
+    plan = make_plan(records, workers=workers)
+    got = consume(plan)
+    assert [len(steps) for steps in got] == [STEPS] * workers
+    assert all(len(step["id"]) == BATCH // workers for steps in got for step in steps)
+    np.testing.assert_array_equal(run_order(got, "position"), np.arange(STEPS * BATCH))
+    ids = run_order(got, "id")
+    np.testing.assert_array_equal(ids, expected_ids(plan))
+    assert sorted(ids[: plan.order.samples_per_epoch]) == list(range(120))
+    images = run_order(got, "image")
+    assert images.shape == (STEPS * BATCH, 8, 8, 3)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images[..., 0], np.broadcast_to(ids[:, None, None], images.shape[:3]))
+
+
+def test_goes_on_in_the_middle_of_a_chunk(records: str) -> None:
+    start = 4 * BATCH  # second step of the second chunk
+    plan = make_plan(records, workers=2, start_position=start)
+    got = consume(plan)
+    np.testing.assert_array_equal(run_order(got, "position"), np.arange(start, STEPS * BATCH))
+    np.testing.assert_array_equal(run_order(got, "id"), expected_ids(plan))
+
+
+def test_many_steps_in_a_unit_and_many_tasks(records: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one chunk each, and units that hold several steps of one worker."""
+    monkeypatch.setattr(stream, "CHUNKS_PER_TASK", 1)
+    plan = make_plan(records, workers=2, data_cpus=2)
+    assert plan.steps_per_unit > 1
+    assert plan.order.chunk_of(plan.stop_position - 1) > 2
+    np.testing.assert_array_equal(run_order(consume(plan), "id"), expected_ids(plan))
+
+
+def test_other_samples_than_expected_are_refused(records: str) -> None:
+    plan = make_plan(records, workers=1)
+    with pytest.raises(stream.StreamError, match="worker 0 expected positions 12 to 23, got \\[0, 1"):
+        consume(plan, told=replace(plan, start_position=BATCH))
+
+
+def test_an_early_end_is_refused(records: str) -> None:
+    plan = make_plan(records, workers=1, stop_position=2 * BATCH)
+    with pytest.raises(stream.StreamError, match="ended at position 24 of 36"):
+        consume(plan, told=replace(plan, stop_position=3 * BATCH))
+
+
+def test_a_record_that_cannot_be_used_is_named(records: str) -> None:
+    plan = make_plan(records, workers=1, spec=BatchSpec(image_size=8, max_pixels=10))
+    with pytest.raises(Exception, match=r"record \d+: 16x16 pixels: more than 10"):
+        consume(plan)
+
+
+def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
+    clip = load_clip(tiny_clip)
+    spec = BatchSpec(
+        image_size=8,
+        clip_image_size=clip.image_size,
+        clip_tokenizer=tiny_clip,
+        clip_context_length=clip.context_length,
+    )
+    plan = make_plan(records, workers=1, spec=spec, stop_position=5 * BATCH, clip=stream.ClipPool(tiny_clip))
+    got = consume(plan)
+    chunk = plan.order.chunk(0)
+    table = read_slices(plan.manifest, chunk.slices, spec.columns()).take(chunk.permutation)
+    stage = ClipEmbedStage(tiny_clip)
+    stage.setup()
+    truth = stage.process(make_batch(table, chunk.positions, spec, plan.order.seed))
+    assert set(got[0][0]) == set(truth)
+    for name in ("id", "image", "image_embed", "text_embed"):
+        np.testing.assert_allclose(run_order(got, name)[:CHUNK], truth[name], atol=2e-3, err_msg=name)
+    np.testing.assert_array_equal(run_order(got, "position"), np.arange(5 * BATCH))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": 5}, "global_batch_size = 12 must be a multiple of num_workers = 5"),
+        ({"start_position": 7}, "start_position = 7"),
+        ({"start_position": STEPS * BATCH}, "nothing to stream"),
+    ],
+)
+def test_plans_that_make_no_sense(records: str, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(records, workers=1, **changes)

@@ -1,0 +1,133 @@
+"""Two workers train what one does at the same global batch: losses, gradients and averages, at any accumulation.
+
+All two-process cases run in one launch; the tests compare its run folders with those of this one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support.embedded import embed, save_clip
+from tests.support.streams import local_batches
+
+from unclip.recipes import RECIPES
+from unclip.recipes.clip import tiny_architecture
+from unclip.training import checkpoint
+from unclip.training.export import full_state_dict
+from unclip.training.loop import Trainer
+from unclip.training.run_folder import RunFolder
+from unclip.training.setup import PreparedRun, prepare_run
+
+STEPS, GLOBAL_BATCH = 6, 4
+CASES = {
+    "decoder": ("decoder", 2),
+    "decoder accumulated": ("decoder", 1),
+    "clip": ("clip", 2),
+}
+"""Stage and micro-batch of each two-worker case; the one worker has the same number of pairs at once for CLIP."""
+LOSS, GRADIENT, WEIGHT = 1e-5, 1e-5, 1e-5
+"""Largest difference of a loss, relative one of a gradient's norm, and of an averaged weight: rounding of sums in another
+order, which Adam's eps of 1e-6 keeps from becoming steps of full length where a gradient is nothing else."""
+
+
+def prepare(folder: Path, name: str, *, stage: str, workers: int, microbatch: int) -> PreparedRun:
+    places = {
+        "run": str(folder / "runs" / f"{name} x {workers}"),
+        "bundle": None,
+        "clip": str(folder / "clip" / "clip") if stage == "decoder" else None,
+        "data": {"path": str(folder / "embedded")},
+        "optimizer": {"eps": 1e-6, "grad_clip": 0.05, "ema_decay": 0.5},
+        "resources": {"num_workers": workers},
+        "loop": {
+            "max_steps": STEPS,
+            "global_batch_size": GLOBAL_BATCH,
+            "microbatch_size": microbatch,
+            "checkpoint_every_s": 600.0,
+        },
+    }
+    return prepare_run(RECIPES[stage]["debug"]().merged(places))  # type: ignore[index]
+
+
+def train(prepared: PreparedRun, rank: int) -> dict[str, Any]:
+    trainer = Trainer(prepared.config, rank=rank, device=torch.device("cpu"))
+    trainer.resume()
+    batches = local_batches(prepared, rank=rank, world_size=prepared.config.resources.num_workers)
+    return trainer.train(batches)
+
+
+def two_workers(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """What each of the two processes runs: all cases."""
+    return {
+        name: train(prepare(folder, name, stage=stage, workers=world_size, microbatch=microbatch), rank)["step"]
+        for name, (stage, microbatch) in CASES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(
+    openmoji: str, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[dict[str, Any]]]
+) -> Path:
+    """Run folders of every case with one worker and with two."""
+    root = tmp_path_factory.mktemp("workers")
+    embed(f"{openmoji}/64/train", str(root / "embedded"), save_clip(str(root / "clip"), tiny_architecture()))
+    for name, (stage, microbatch) in CASES.items():
+        train(prepare(root, name, stage=stage, workers=1, microbatch=2 * microbatch), rank=0)
+    assert run_ranks(two_workers, 2, root) == [dict.fromkeys(CASES, STEPS)] * 2
+    return root
+
+
+def metrics(folder: Path, name: str, workers: int) -> list[dict[str, Any]]:
+    records = RunFolder(str(folder / "runs" / f"{name} x {workers}")).metrics()
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    return records
+
+
+def averages(folder: Path, name: str, workers: int) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(RunFolder(str(folder / "runs" / f"{name} x {workers}")).checkpoints_uri)
+    assert newest is not None
+    assert len(newest.manifest["files"]) == workers
+    return full_state_dict(newest, "ema")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_have_the_loss_curve_of_one(folder: Path, name: str) -> None:
+    one, two = metrics(folder, name, 1), metrics(folder, name, 2)
+    for metric in {"loss", "mse", "vlb", "accuracy"} & one[0].keys():
+        expected = [record[metric] for record in one]
+        assert [record[metric] for record in two] == pytest.approx(expected, abs=LOSS), metric
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=GRADIENT)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_workers_have_the_averages_of_one(folder: Path, name: str) -> None:
+    one, two = averages(folder, name, 1), averages(folder, name, 2)
+    assert one.keys() == two.keys()
+    for key, expected in one.items():
+        torch.testing.assert_close(two[key], expected, atol=WEIGHT, rtol=0)
+
+
+def test_accumulation_does_not_count(folder: Path) -> None:
+    """One micro-batch of four, two of two, and one or two on each of two workers: one run."""
+    expected = metrics(folder, "decoder", 1)
+    for workers in (1, 2):
+        found = metrics(folder, "decoder accumulated", workers)
+        assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], abs=LOSS)
+        reference = averages(folder, "decoder", 1)
+        for key, value in averages(folder, "decoder accumulated", workers).items():
+            torch.testing.assert_close(value, reference[key], atol=WEIGHT, rtol=0)
+
+
+def test_the_tolerance_is_far_below_what_training_does(folder: Path) -> None:
+    for name in CASES:
+        losses = [record["loss"] for record in metrics(folder, name, 1)]
+        assert max(losses) - min(losses) > 100 * LOSS
+    trained = averages(folder, "decoder", 1)
+    newest = prepare(folder, "new", stage="decoder", workers=1, microbatch=4)
+    torch.manual_seed(newest.config.seed)
+    initial = newest.config.objective.build().model.state_dict()
+    changes = torch.cat([(trained[key] - value).abs().flatten() for key, value in initial.items()])
+    assert float(changes.max()) > 100 * WEIGHT

@@ -1,0 +1,244 @@
+"""What is wrong with a run is said before it starts: naming field and value, and leaving no run folder behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.embedded import embed, save_clip
+
+from unclip.config.base import ConfigError
+from unclip.data.manifest import DataError
+from unclip.models.clip import load_clip
+from unclip.models.normalizer import paper_scale
+from unclip.pipelines.bundle import BundleError
+from unclip.recipes import RECIPES
+from unclip.recipes.clip import tiny_architecture
+from unclip.training.config import TrainConfig
+from unclip.training.run_folder import RunFolder
+from unclip.training.setup import check_outputs, clip_reference, prepare_run
+
+
+@dataclass
+class Place:
+    """A folder with records, their embeddings and the CLIP that made them."""
+
+    root: Path
+    records: str
+    embedded: str
+    clip: str
+
+    def config(self, stage: str = "prior", recipe: str = "debug", **changes: Any) -> TrainConfig:
+        data = self.embedded if stage in ("prior", "decoder") else self.records
+        places = {"run": str(self.root / "run"), "bundle": str(self.root / "bundle"), "data": {"path": data}}
+        places |= {"clip": self.clip} if stage in ("prior", "decoder") else {}
+        return RECIPES[stage][recipe]().merged(places).merged(changes)  # type: ignore[index]
+
+    def refuses(self, error: type[Exception], *words: str, **changes: Any) -> None:
+        """Whether `prepare_run` raises `error` with all `words` in its message, before anything is written."""
+        config = self.config(**changes)
+        with pytest.raises(error) as caught:
+            prepare_run(config)
+        for word in words:
+            assert word in str(caught.value)
+        assert not Path(config.run).exists()
+
+
+@pytest.fixture(scope="module")
+def made(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("setup")
+    clip = save_clip(str(root / "first"), tiny_architecture())
+    records = f"{openmoji}/64/train"
+    return Place(root, records, embed(records, str(root / "embedded"), clip), clip)
+
+
+@pytest.fixture
+def place(made: Place, tmp_path: Path) -> Place:
+    return Place(tmp_path, made.records, made.embedded, made.clip)
+
+
+@pytest.fixture
+def edited(place: Place) -> Callable[..., str]:
+    """`edited(key=value)`: a copy of the embedded folder with other facts; None takes a fact away."""
+
+    def edit(**facts: Any) -> str:
+        folder = place.root / "edited"
+        shutil.copytree(place.embedded, folder)
+        stored = json.loads((folder / "manifest.json").read_text()) | facts
+        kept = {name: fact for name, fact in stored.items() if fact is not None}
+        (folder / "manifest.json").write_text(json.dumps(kept))
+        return str(folder)
+
+    return edit
+
+
+def test_a_good_run_is_fitted_to_its_clip_and_writes_nothing(place: Place) -> None:
+    prepared = prepare_run(place.config(objective={"normalization": "whiten"}))
+    config, clip = prepared.config, load_clip(place.clip)
+    assert not (place.root / "run").exists()
+    assert (config.clip, config.clip_fingerprint) == (place.clip, clip.fingerprint)
+    statistics = json.loads(Path(place.embedded, "manifest.json").read_text())["statistics"]
+    normalizer = config.objective.stage_config().normalizer  # type: ignore[union-attr]
+    assert normalizer.mean == pytest.approx(tuple(statistics["mean"]))
+    assert normalizer.std == pytest.approx(tuple(statistics["std"]))
+    assert prepared.spec.columns() == ("id", "caption", "image_embed", "text_embed")
+    assert prepared.manifest.rows == 48
+    assert prepared.order.chunk_rows == 256
+    reference = clip_reference(config)
+    assert reference is not None
+    assert reference.fingerprint == clip.fingerprint
+
+
+def test_embeddings_of_the_stream_need_no_columns_but_what_clip_sees(place: Place) -> None:
+    prepared = prepare_run(place.config(data={"path": place.records, "embeddings": "stream"}))
+    assert prepared.spec.columns() == ("id", "image", "caption")
+    assert (prepared.spec.clip_image_size, prepared.spec.clip_tokenizer) == (32, place.clip)
+    assert prepared.config.clip_fingerprint == load_clip(place.clip).fingerprint
+    assert prepared.config.objective.stage_config().normalizer == paper_scale(16)  # type: ignore[union-attr]
+
+
+def test_upsamplers_have_no_clip(place: Place) -> None:
+    prepared = prepare_run(place.config(stage="upsampler_256"))
+    assert clip_reference(prepared.config) is None
+
+
+def test_relative_paths_become_absolute(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.root)
+    config = prepare_run(place.config(run="here", bundle="there")).config
+    assert config.run == str(place.root / "here")
+    assert config.bundle == str(place.root / "there")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_empty_data(place: Place) -> None:
+    place.refuses(ConfigError, "data.path: required", data={"path": ""})
+    nowhere = str(place.root / "nowhere")
+    place.refuses(DataError, nowhere, "does not exist", data={"path": nowhere})
+    Path(nowhere).mkdir()
+    place.refuses(DataError, nowhere, "no *.parquet file", data={"path": nowhere})
+
+
+def test_missing_columns(place: Place) -> None:
+    place.refuses(DataError, "no column 'image_embed', 'text_embed'", place.records, data={"path": place.records})
+
+
+def test_embeddings_of_unknown_origin(place: Place, edited: Callable[..., str]) -> None:
+    folder = edited(clip=None)
+    place.refuses(DataError, folder, "does not say which CLIP", "data.embeddings=stream", data={"path": folder})
+
+
+def test_a_global_batch_larger_than_the_data(place: Place) -> None:
+    place.refuses(
+        ConfigError, "loop.global_batch_size = 64", place.embedded, "only 48 rows", loop={"global_batch_size": 64}
+    )
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_clip_than_that_of_the_embeddings(place: Place) -> None:
+    other = save_clip(str(place.root / "other"), tiny_architecture(), seed=1)
+    place.refuses(ConfigError, f"clip = {other!r}", load_clip(place.clip).fingerprint[:12], place.embedded, clip=other)
+
+
+def test_a_clip_that_is_not_there(place: Place) -> None:
+    place.refuses(ConfigError, "clip = 'ViT-B-33'", "ViT-B-32", clip="ViT-B-33")
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_a_model_for_embeddings_of_another_width(place: Place, stage: str) -> None:
+    model = {"stage": {"model": {"embed_dim": 32}}}
+    place.refuses(ConfigError, "objective.stage.model.embed_dim = 32", "set it to 16", stage=stage, objective=model)
+
+
+def test_whitening_needs_statistics(place: Place, edited: Callable[..., str]) -> None:
+    words = ("objective.normalization = 'whiten'", "statistics")
+    whiten = {"normalization": "whiten"}
+    place.refuses(ConfigError, *words, objective=whiten, data={"path": edited(statistics=None)})
+    place.refuses(ConfigError, *words, objective=whiten, data={"embeddings": "stream"})
+
+
+def test_embeddings_in_the_stream_need_a_clip(place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"data\.embeddings = 'stream' needs a CLIP: set clip"):
+        place.config(clip=None, data={"embeddings": "stream"})
+
+
+def test_a_bundle_of_another_clip(place: Place) -> None:
+    """Stages export into one bundle only if their embeddings come from one CLIP."""
+    save_clip(str(place.root / "bundle"), tiny_architecture(), seed=1)
+    ours = load_clip(place.clip).fingerprint
+    theirs = load_clip(str(place.root / "bundle" / "clip")).fingerprint
+    place.refuses(BundleError, str(place.root / "bundle"), "'prior'", ours, theirs)
+    prepare_run(place.config(stage="upsampler_256"))  # sees no embeddings, so it may
+
+
+# --- run folder and outputs -------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_required(place: Place) -> None:
+    with pytest.raises(ConfigError, match="run: required"):
+        prepare_run(place.config(run=""))
+
+
+def test_a_run_folder_of_another_recipe(place: Place) -> None:
+    first = prepare_run(place.config("upsampler_256")).config
+    RunFolder(first.run).open(first)
+    stored = Path(first.run, "config.json").read_text()
+    with pytest.raises(ConfigError) as caught:
+        prepare_run(place.config("upsampler_256", "demo"))
+    for words in (repr(first.run), "recipe was 'debug', is now 'demo'", "data.shuffle_rows was 256, is now 1024"):
+        assert words in str(caught.value)
+    with pytest.raises(ConfigError, match="stage was 'upsampler_256', is now 'clip'"):
+        prepare_run(place.config("clip"))
+    assert Path(first.run, "config.json").read_text() == stored
+
+
+def test_what_a_continued_run_may_and_may_not_change(place: Place) -> None:
+    first = prepare_run(place.config()).config
+    RunFolder(first.run).open(first)
+    again = {
+        "resources": {"num_workers": 2, "data_cpus": 3},
+        "loop": {"max_steps": 9, "microbatch_size": 1, "time_limit_s": 5.0, "checkpoint_every_s": 1.0},
+        "zero": {"stage": 2},
+        "bundle": None,
+    }
+    changed = prepare_run(place.config().merged(again)).config
+    RunFolder(first.run).open(changed)
+    assert json.loads(Path(first.run, "config.json").read_text()) == changed.to_dict()
+    forbidden: dict[str, dict[str, Any]] = {
+        "seed was 0, is now 1": {"seed": 1},
+        "optimizer.learning_rate was 0.001, is now 0.002": {"optimizer": {"learning_rate": 2e-3}},
+        "loop.global_batch_size was 4, is now 8": {"loop": {"global_batch_size": 8}},
+        "objective.text_drop_prob was 0.1, is now 0.2": {"objective": {"text_drop_prob": 0.2}},
+        "objective.stage.normalizer.mean was 0.0, is now [": {"objective": {"normalization": "whiten"}},
+    }
+    for field, change in forbidden.items():
+        with pytest.raises(ConfigError) as caught:
+            prepare_run(changed.merged(change))
+        assert field in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["run", "bundle"])
+def test_outputs_that_cannot_be_written(place: Place, field: str) -> None:
+    (place.root / "file").write_text("in the way")
+    blocked = str(place.root / "file" / "folder")
+    config = prepare_run(place.config(**{field: blocked})).config
+    with pytest.raises(OSError, match=f"{field} = '{blocked}' cannot be written"):
+        check_outputs(config)
+    assert not list(place.root.rglob("config.json"))
+
+
+def test_metrics_of_a_restarted_run_are_those_of_the_run_as_it_went(tmp_path: Path) -> None:
+    """Killed after step 4 with a checkpoint of step 2, then stopped by the clock at step 3."""
+    run = RunFolder(str(tmp_path / "run"))
+    assert run.metrics() == []
+    for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (3, 0.71)):
+        run.log({"step": step, "loss": loss})
+    assert run.metrics() == [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8}, {"step": 3, "loss": 0.71}]
