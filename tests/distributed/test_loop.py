@@ -54,7 +54,9 @@ def prepare(folder: Path, name: str, *, stage: str, workers: int, microbatch: in
 
 def train(prepared: PreparedRun, rank: int) -> dict[str, Any]:
     trainer = Trainer(prepared.config, rank=rank, device=torch.device("cpu"))
-    trainer.resume()
+    newest = checkpoint.latest(trainer.run.checkpoints_uri)
+    if newest is not None:
+        trainer.resume(newest)
     batches = local_batches(prepared, rank=rank, world_size=prepared.config.resources.num_workers)
     return trainer.train(batches)
 

@@ -20,7 +20,6 @@ import ray
 import ray.data
 from pydantic import Field
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
-from tqdm import tqdm
 
 from unclip.cluster import preflight, session, stream
 from unclip.config.base import Config, ConfigError
@@ -28,8 +27,9 @@ from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedding import EmbeddingStatistics
 from unclip.data.manifest import FACTS_FILE, DataError, Manifest, read_slices, scan
-from unclip.training.setup import load_clip_named
+from unclip.training.setup import absolute_clip, load_clip_named
 from unclip.utils import storage
+from unclip.utils.progress import progress_bar
 
 COLUMNS = ("image_embed", "text_embed")
 _PARTS = "_parts"
@@ -84,6 +84,7 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     for field in ("data", "out", "clip"):
         if not getattr(config, field):
             raise ConfigError(f"{field}: required, but not given")
+    config = config.merged({"clip": absolute_clip(config.clip)})
     manifest = scan(config.data, ("id", "image", "caption"))
     clip = load_clip_named(config.clip)
     facts = {"source": config.clip, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}
@@ -130,7 +131,7 @@ def _embed_missing(config: EmbedConfig, plan: _Plan) -> None:
     wanted = [index for file in todo for index in plan.fragments_of(file)]
     missing = [index for index in wanted if plan.part(index).rsplit("/", 1)[-1] not in parts]
     rows_left = sum(plan.manifest.fragments[index].rows for index in missing)
-    with tqdm(total=rows_left, desc="embed", unit="rows", unit_scale=True, mininterval=1.0) as bar:
+    with progress_bar(rows_left, "row", title="embed") as bar:
         if missing:
             for result in _dataset(config, plan, missing).iter_rows():
                 bar.update(result["rows"])

@@ -74,23 +74,26 @@ def _train(prepared: PreparedRun, run: RunFolder) -> dict[str, Any]:
 
 def _worker(shard: ray.data.DataIterator, rank: int, device: torch.device, *, prepared: PreparedRun) -> dict[str, Any]:
     """What each training process does."""
-    trainer = Trainer(prepared.config, rank=rank, device=device)
-    trainer.resume()
-    plan = _plan(prepared, trainer.clock.samples_seen)
+    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
+    plan = _plan(prepared, newest)
+    # The stream starts before the model is built, so that the first batch is there when training is.
     batches = iter(()) if plan is None else stream.batches(shard, plan, rank, pin_memory=device.type == "cuda")
+    trainer = Trainer(prepared.config, rank=rank, device=device)
+    if newest is not None:
+        trainer.resume(newest)
     return trainer.train(batches)
 
 
 def _dataset(prepared: PreparedRun) -> ray.data.Dataset:
     """The stream from the newest checkpoint on; Ray Train asks for it at every start of the workers."""
-    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
-    plan = _plan(prepared, newest.state["samples_seen"] if newest else 0)
+    plan = _plan(prepared, checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri))
     return ray.data.from_items([]) if plan is None else stream.build_dataset(plan)
 
 
-def _plan(prepared: PreparedRun, start_position: int) -> stream.StreamPlan | None:
-    """The rest of the run's samples; None where there are none left."""
+def _plan(prepared: PreparedRun, newest: checkpoint.Checkpoint | None) -> stream.StreamPlan | None:
+    """The samples after the newest checkpoint; None where there are none left."""
     config = prepared.config
+    start_position = newest.state["samples_seen"] if newest else 0
     stop_position = config.loop.max_steps * config.loop.global_batch_size
     if start_position >= stop_position:
         return None

@@ -77,6 +77,8 @@ def _prepare_environment() -> None:
     # By default Ray Train looks after its workers every 2 s, which is also how late it sees that they are done.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # By default Ray runs its workers at niceness 15, where anything else on the machine starves them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Workers start from a shell's PATH: extensions that compile there must find this environment's tools first.
     _prepend_path("PATH", str(Path(sys.executable).parent))
     _prepend_path("PYTHONPATH", str(_PACKAGE_ROOT))

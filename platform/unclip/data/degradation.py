@@ -14,8 +14,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
-from scipy.signal import fftconvolve
 
 from unclip.data.decode import Picture
 from unclip.data.transforms import area_downscale
@@ -48,6 +46,8 @@ def gaussian_blur(image: Floats, kernel: int = BLUR_KERNEL, sigma: float = BLUR_
     offsets = np.arange(kernel) - kernel // 2
     taps = np.exp(-0.5 * (offsets / sigma) ** 2)
     taps /= taps.sum()
+    from scipy import ndimage  # here: a second of imports that most stages' data workers can do without
+
     blurred = ndimage.correlate1d(image, taps, axis=0, mode="mirror")
     return np.asarray(ndimage.correlate1d(blurred, taps, axis=1, mode="mirror"), dtype=np.float32)
 
@@ -141,6 +141,8 @@ def _convolve(pixels: Floats, kernel: Floats) -> Floats:
     pad = kernel.shape[0] // 2
     padded = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="symmetric")
     flipped = np.ascontiguousarray(kernel[::-1, ::-1, None])
+    from scipy.signal import fftconvolve
+
     return np.asarray(fftconvolve(padded, flipped, mode="valid", axes=(0, 1)), dtype=np.float32)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from unclip.data.batches import Batch
-from unclip.models.clip import ClipModel, load_clip
+
+if TYPE_CHECKING:
+    import torch
+
+    from unclip.models.clip import ClipModel
 
 CLIP_INPUTS = ("clip_image", "clip_tokens")
 """Arrays that only a CLIP in the stream needs."""
@@ -32,9 +35,10 @@ class ClipEmbedStage:
 
     def setup(self) -> None:
         """Loads the model; once in each process."""
+        from unclip.models.clip import load_clip  # here: what only counts or writes does without torch
+
         self._clip = load_clip(self.source, self.device)
 
-    @torch.inference_mode()
     def process(self, batch: Batch) -> Batch:
         """Adds `image_embed` and `text_embed` (B, D) float16, unit norm, to a batch.
 
@@ -43,6 +47,8 @@ class ClipEmbedStage:
         """
         if self._clip is None:
             raise RuntimeError("setup() comes before process()")
+        import torch
+
         embeds: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": []}
         for start in range(0, len(batch["clip_image"]), self.microbatch):
             part = slice(start, start + self.microbatch)

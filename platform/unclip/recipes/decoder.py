@@ -61,15 +61,20 @@ def debug() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
+    """Departs from the paper in what is predicted: the picture, not the noise.
+
+    In a thousand steps instead of a million, a small net that predicts the noise, or the velocity, leaves much of it in the
+    picture; one that predicts the picture is blurred instead, with colours and outlines that can be made out.
+    """
     model = DecoderConfig(
         unet=UNetConfig(
             out_channels=6,
-            channels=32,
-            channel_mult=(1, 2, 4),
+            channels=64,
+            channel_mult=(1, 2),
             depth=1,
             attention_resolutions=(8,),
             head_channels=32,
-            patch_size=2,
+            patch_size=4,
             image_size=64,
         ),
         text=TextTransformerConfig(context_length=24, width=64, depth=1, heads=2),
@@ -83,12 +88,10 @@ def demo() -> TrainConfig:
         bundle=shared.bundle("demo"),
         clip=f"{shared.bundle('demo')}/clip",
         data=TrainDataConfig(path=shared.openmoji(64, embedded=True), shuffle_rows=4096),
-        # The one departure from the paper's process: in hundreds of steps instead of hundreds of thousands, predicting the
-        # velocity learns colours and shapes long before predicting the noise does.
         objective=DecoderObjectiveConfig(
-            stage=stage(model, sampling, prediction_type="v_prediction"), normalization="whiten"
+            stage=stage(model, sampling, prediction_type="sample"), normalization="whiten"
         ),
-        optimizer=shared.demo_optimizer(2e-3),
+        optimizer=shared.demo_optimizer(4e-3),
         zero=shared.BF16,
         loop=shared.demo_loop(batch=16, time_limit_s=270.0),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unclip.config.resources import ResourcesConfig
-from unclip.diffusion.process import DiffusionConfig
+from unclip.diffusion.process import DiffusionConfig, PredictionType
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.models.unet import UNetConfig
 from unclip.models.upsampler import UpsamplerConfig
@@ -15,7 +15,13 @@ from unclip.training.objectives.upsampler import UpsamplerObjectiveConfig
 from unclip.training.optim import OptimizerConfig
 
 
-def objective(unet: UNetConfig, sampling: SamplingConfig) -> UpsamplerObjectiveConfig:
+def objective(
+    unet: UNetConfig,
+    sampling: SamplingConfig,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    degradation_prob: float = 0.5,
+) -> UpsamplerObjectiveConfig:
     """The paper's stage (§2.1, Table 3): cosine schedule, quarter crops, Gaussian blur on the condition.
 
     How often to blur is not given; cascaded diffusion (Ho et al. 2021), where the blur comes from, does it half the time.
@@ -24,13 +30,15 @@ def objective(unet: UNetConfig, sampling: SamplingConfig) -> UpsamplerObjectiveC
         stage=UpsamplerStageConfig(
             kind="upsampler_256",
             model=UpsamplerConfig(unet=unet),
-            diffusion=DiffusionConfig(beta_schedule="squaredcos_cap_v2", clip_sample_range=1.0),
+            diffusion=DiffusionConfig(
+                beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample_range=1.0
+            ),
             sampling=sampling,
             low_res_size=64,
             image_size=256,
         ),
         degradation="blur",
-        degradation_prob=0.5,
+        degradation_prob=degradation_prob,
     )
 
 
@@ -50,6 +58,7 @@ def debug() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
+    """Predicts the picture instead of the noise, for the reason that the demo's decoder does."""
     unet = UNetConfig(in_channels=6, channels=48, channel_mult=(1, 2), depth=1, patch_size=4, image_size=256)
     return TrainConfig(
         stage="upsampler_256",
@@ -57,10 +66,10 @@ def demo() -> TrainConfig:
         run=shared.run_folder("demo", "upsampler_256"),
         bundle=shared.bundle("demo"),
         data=TrainDataConfig(path=shared.openmoji(256), shuffle_rows=1024),
-        objective=objective(unet, SamplingConfig(sampler="ddim", num_inference_steps=12)),
-        optimizer=shared.demo_optimizer(1e-3),
+        objective=objective(unet, SamplingConfig(sampler="ddim", num_inference_steps=12), prediction_type="sample"),
+        optimizer=shared.demo_optimizer(4e-3),
         zero=shared.BF16,
-        loop=shared.demo_loop(batch=32, time_limit_s=60.0),
+        loop=shared.demo_loop(batch=16, time_limit_s=60.0),
     )
 
 

@@ -66,13 +66,11 @@ class Trainer:
         self._saved_step = 0
         self._last_checkpoint = time.monotonic()
 
-    def resume(self) -> None:
-        """Continues from the newest committed checkpoint of the run folder, where there is one."""
-        newest = checkpoint.latest(self.run.checkpoints_uri)
-        if newest is not None:
-            checkpoint.load(newest, self.engine)
-            self.clock = Clock(**newest.state)
-            self._saved_step = self.clock.step
+    def resume(self, newest: checkpoint.Checkpoint) -> None:
+        """Continues from a committed checkpoint of the run, by any number of workers at any ZeRO stage."""
+        checkpoint.load(newest, self.engine)
+        self.clock = Clock(**newest.state)
+        self._saved_step = self.clock.step
 
     def train(self, batches: Batches) -> dict[str, Any]:
         """Takes one element of `batches`, this worker's share of a global batch, a step; returns the run's summary."""

@@ -75,9 +75,14 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         "data": {"path": storage.absolute(config.data.path)},
         "bundle": storage.absolute(config.bundle) if config.bundle else None,
     }
-    if config.clip and storage.exists(storage.join(config.clip, "config.json")):
-        changes["clip"] = storage.absolute(config.clip)
+    if config.clip:
+        changes["clip"] = absolute_clip(config.clip)
     return config.merged(changes)
+
+
+def absolute_clip(source: str) -> str:
+    """`source` as it means the same from any folder: absolute where it is a folder of ours, else a name as it is."""
+    return storage.absolute(source) if storage.exists(storage.join(source, "config.json")) else source
 
 
 def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:

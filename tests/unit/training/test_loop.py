@@ -60,7 +60,9 @@ def start(prepared: PreparedRun) -> Trainer:
     """As a worker starts: a new trainer that goes on from what the run folder holds."""
     RunFolder(prepared.config.run).open(prepared.config)
     trainer = Trainer(prepared.config, rank=0, device=CPU)
-    trainer.resume()
+    newest = checkpoint.latest(trainer.run.checkpoints_uri)
+    if newest is not None:
+        trainer.resume(newest)
     return trainer
 
 
