@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import sys
 
+from unclip.config.base import ConfigError
 from unclip.config.cli import parse_job
 from unclip.generation.requests import GenerateConfig
 from unclip.generation.run import GenerationJob
+from unclip.pipelines.bundle import BundleError
 
 
 def main() -> int:
     arguments = parse_job(__doc__ or "", recipes={"default": GenerateConfig})
     try:
         job = GenerationJob.prepare(arguments.config)
-    except (ValueError, OSError) as error:  # ConfigError and BundleError are ValueErrors
+        if arguments.dry_run:
+            sizes = job.cascade.sizes.values()
+            print(f"{len(job.requests)} pictures of up to {max(sizes)} px would be in {job.config.out}")
+            return 0
+        print(job.run())
+    except (ConfigError, BundleError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    if arguments.dry_run:
-        print(
-            f"{len(job.requests)} pictures of up to {max(job.cascade.sizes.values())} px would be in {job.config.out}"
-        )
-        return 0
-    print(job.run())
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from unclip.pipelines.bundle import ClipReference, save_stage
@@ -22,17 +23,37 @@ ROWS_OF_GROUPS = 16
 PIXELS = 16
 
 
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """Address of an empty bucket on an S3-compatible server of our own, found through the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def ray_session() -> Iterator[None]:
-    """An instance of our own, whatever cluster the environment points to."""
+def ray_session(object_store: str) -> Iterator[None]:
+    """An instance of our own, whatever cluster the environment points to; its workers find the object store as we do."""
     from unclip.cluster import session
 
-    address = os.environ.pop("RAY_ADDRESS", None)
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else every other process on the machine goes before the workers
-    with session.session():
-        yield
-    if address is not None:
-        os.environ["RAY_ADDRESS"] = address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with session.session():
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_too_many_workers_are_refused_with_settings_that_fit() -> None:
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
-    assert not preflight.uses_gpu(ResourcesConfig(use_gpu="auto"))
+    assert not preflight.uses_gpu(ResourcesConfig(use_gpu="auto"), preflight.cluster_nodes())
     with pytest.raises(PreflightError, match=r"the cluster has no GPU: .* resources\.use_gpu=no"):
         preflight.check_resources(ResourcesConfig(use_gpu="yes"))
 

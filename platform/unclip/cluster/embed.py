@@ -33,6 +33,7 @@ from unclip.utils.progress import progress_bar
 
 COLUMNS = ("image_embed", "text_embed")
 _PARTS = "_parts"
+_MARKER = "_embedding.json"
 _PER_TASK = 16
 """Row groups that one task decodes, one after the other."""
 _STATISTICS = b"unclip.image_embed"
@@ -92,26 +93,30 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
         clip_image_size=clip.image_size, clip_tokenizer=config.clip, clip_context_length=clip.context_length
     )
     plan = _Plan(manifest, storage.absolute(config.out), spec)
-    storage.check_writable(plan.out)
+    _check_out(plan)
+    resources = ResourcesConfig(
+        cpus_per_worker=0.01, data_cpus=config.data_cpus, clip_actors=config.actors, clip_gpus=config.gpus, use_gpu="no"
+    )
     if dry_run:
+        preflight.check_without_claiming(resources, clip_in_stream=True)
         return {"rows": manifest.rows, "clip": facts}
-    _forget_other_clip(plan, facts)
     with session.session():
-        resources = ResourcesConfig(
-            cpus_per_worker=0.01,
-            data_cpus=config.data_cpus,
-            clip_actors=config.actors,
-            clip_gpus=config.gpus,
-            use_gpu="no",
-        )
         preflight.check_resources(resources, clip_in_stream=True)
+        _forget_other_clip(plan, facts)
         _embed_missing(config, plan)
     return _finish(plan, facts)
 
 
+def _check_out(plan: _Plan) -> None:
+    """Refuses a folder that holds anything but embeddings made here: it would be overwritten."""
+    if storage.names(plan.out) and not storage.exists(storage.join(plan.out, _MARKER)):
+        raise ConfigError(f"out = {plan.out!r}: holds files that this job did not make; choose an empty folder")
+    storage.check_writable(plan.out)
+
+
 def _forget_other_clip(plan: _Plan, facts: dict[str, Any]) -> None:
     """Removes what an earlier run made with another CLIP or of other records; marks the folder as this run's."""
-    marker = storage.join(plan.out, "_embedding.json")
+    marker = storage.join(plan.out, _MARKER)
     identity = {
         "fingerprint": facts["fingerprint"],
         "data": plan.manifest.facts.get("records_sha256", plan.manifest.uri),
@@ -223,8 +228,10 @@ def _finish(plan: _Plan, clip: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{plan.out!r} has {made.rows} rows for {plan.manifest.rows} in {plan.manifest.uri!r}")
     statistics = EmbeddingStatistics()
     for file in sorted({fragment.file for fragment in made.fragments}):
-        with storage.local_file(storage.join(plan.out, file)) as path:
-            statistics.merge(EmbeddingStatistics.from_dict(json.loads(pq.read_metadata(path).metadata[_STATISTICS])))
+        fs, path = storage.filesystem(storage.join(plan.out, file))
+        with fs.open(path, "rb") as stream_of_shard:
+            stored = pq.read_metadata(stream_of_shard).metadata[_STATISTICS]
+        statistics.merge(EmbeddingStatistics.from_dict(json.loads(stored)))
     source = {name: fact for name, fact in plan.manifest.facts.items() if name != "files"}
     facts = source | {
         "rows": made.rows,

@@ -31,8 +31,7 @@ def check(config: TrainConfig) -> PreparedRun:
     _refuse_lost_paths(config)
     prepared = prepare_run(config)
     check_outputs(prepared.config)
-    with session.session():
-        preflight.check_resources(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
+    preflight.check_without_claiming(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
     return prepared
 
 
@@ -60,7 +59,7 @@ def fit(config: TrainConfig) -> dict[str, Any]:
 
 def _train(prepared: PreparedRun, run: RunFolder) -> dict[str, Any]:
     config = prepared.config
-    use_gpu = preflight.uses_gpu(config.resources)
+    use_gpu = preflight.uses_gpu(config.resources, preflight.cluster_nodes())
     with ProgressWatcher(run.progress_uri, config.stage):
         return run_workers(
             partial(_worker, prepared=prepared),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
+import torch
 
+from unclip.cluster.session import joins_cluster, local_cpus, session
 from unclip.config.resources import ResourcesConfig
 
 
@@ -47,26 +49,42 @@ def cluster_nodes() -> list[Node]:
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
-def uses_gpu(resources: ResourcesConfig) -> bool:
-    """Whether the workers train on GPUs: as configured; `auto` where the connected cluster has one for each."""
+def local_nodes() -> list[Node]:
+    """What an instance on this machine would declare, without starting one."""
+    return [Node(local_cpus(), torch.cuda.device_count())]
+
+
+def uses_gpu(resources: ResourcesConfig, nodes: Sequence[Node]) -> bool:
+    """Whether the workers train on GPUs: as configured; `auto` where `nodes` have one for each."""
     if resources.use_gpu != "auto":
         return resources.use_gpu == "yes"
-    return sum(node.gpus for node in cluster_nodes()) >= resources.num_workers * resources.gpus_per_worker
+    return sum(node.gpus for node in nodes) >= resources.num_workers * resources.gpus_per_worker
 
 
-def check_resources(resources: ResourcesConfig, *, clip_in_stream: bool = False) -> None:
-    """Raises `PreflightError` where the connected cluster cannot hold workers, data stream and CLIPs at once."""
+def check_resources(
+    resources: ResourcesConfig, *, clip_in_stream: bool = False, nodes: Sequence[Node] | None = None
+) -> None:
+    """Raises `PreflightError` where `nodes`, or else the connected cluster, cannot hold workers, data stream and CLIPs."""
+    nodes = cluster_nodes() if nodes is None else nodes
     demand = Demand(
         workers=resources.num_workers,
-        worker=Node(resources.cpus_per_worker, resources.gpus_per_worker if uses_gpu(resources) else 0.0),
+        worker=Node(resources.cpus_per_worker, resources.gpus_per_worker if uses_gpu(resources, nodes) else 0.0),
         data_cpus=resources.data_cpus,
         clip_actors=resources.clip_actors if clip_in_stream else 0,
         clip_actor=Node(0.0, resources.clip_gpus) if resources.clip_gpus else Node(1.0, 0.0),
     )
-    nodes = cluster_nodes()
     missing = what_is_missing(demand, nodes, placement=resources.placement)
     if missing is not None:
         raise PreflightError(_explain(missing, demand, nodes))
+
+
+def check_without_claiming(resources: ResourcesConfig, *, clip_in_stream: bool = False) -> None:
+    """`check_resources` for a dry run: asks the cluster where there is one, and starts none on this machine."""
+    if not joins_cluster():
+        check_resources(resources, clip_in_stream=clip_in_stream, nodes=local_nodes())
+        return
+    with session():
+        check_resources(resources, clip_in_stream=clip_in_stream)
 
 
 def what_is_missing(demand: Demand, nodes: Sequence[Node], *, placement: str = "PACK") -> str | None:

@@ -33,6 +33,11 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
+def joins_cluster() -> bool:
+    """Whether `connect` goes to a cluster that is there, rather than start an instance on this machine."""
+    return ray.is_initialized() or "RAY_ADDRESS" in os.environ
+
+
 def connect() -> None:
     """Connects this process to Ray, once.
 
@@ -75,7 +80,7 @@ def local_object_store_bytes() -> int:
 def _prepare_environment() -> None:
     """Settings that Ray and the workers read from the environment; what the user has set stays."""
     # By default Ray Train looks after its workers every 2 s, which is also how late it sees that they are done.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     # By default Ray runs its workers at niceness 15, where anything else on the machine starves them.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -68,8 +68,24 @@ class Config(BaseModel):
             path, equals, text = assignment.partition("=")
             if not equals or not path:
                 raise ConfigError(f"{assignment!r}: expected FIELD=VALUE, as in loop.max_steps=100")
-            _set_path(changes, path.strip().split("."), parse_value(text))
+            parts = path.strip().split(".")
+            _set_path(changes, parts, _as_text(text) if self._holds_text(parts) else parse_value(text))
         return self.merged(changes)
+
+    def _holds_text(self, path: list[str]) -> bool:
+        """Whether the field at `path` is a string, perhaps none: then its value is not for YAML to interpret."""
+        owner: Any = self
+        for part in path[:-1]:
+            owner = getattr(owner, part, None)
+        field = type(owner).model_fields.get(path[-1]) if isinstance(owner, Config) else None
+        return field is not None and {field.annotation, *get_args(field.annotation)} - {type(None)} in (
+            {str},
+            {str, str | None},
+        )
+
+
+def _as_text(text: str) -> str | None:
+    return None if text == "null" else text
 
 
 def parse_value(text: str) -> Any:
@@ -148,9 +164,9 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def _explain(cls: type[Config], error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
-        path = ".".join(location) or cls.__name__
+        path = ".".join(_walk(cls, location)[1]) or cls.__name__
         if problem["type"] == "extra_forbidden":
-            names = _fields_at(cls, location[:-1])
+            names = list(_walk(cls, location[:-1])[0].model_fields)
             close = difflib.get_close_matches(location[-1], names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(names)}"
             yield f"{path}: unknown field; {hint}"
@@ -163,15 +179,20 @@ def _explain(cls: type[Config], error: ValidationError) -> Iterator[str]:
             yield f"{path}: {message}" if is_whole else f"{path} = {shown[:200]}: {message}"
 
 
-def _fields_at(cls: type[Config], location: Sequence[str]) -> list[str]:
-    """Field names of the configuration at `location`; walks through unions by their `kind` tag."""
+def _walk(cls: type[Config], location: Sequence[str]) -> tuple[type[Config], list[str]]:
+    """The configuration class at `location`, and the path as users write it: pydantic also names variants of unions."""
+    path: list[str] = []
+    variants: list[type[Config]] = []
     for part in location:
+        tagged = [
+            c for c in variants if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
+        ]
+        if tagged:
+            cls, variants = tagged[0], []
+            continue
+        path.append(part)
         field = cls.model_fields.get(part)
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        configs = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
-        tagged = [
-            c for c in configs if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
-        ]
-        if configs:
-            cls = (tagged or configs)[0]
-    return list(cls.model_fields)
+        variants = [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]
+        cls = variants[0] if variants else cls
+    return cls, path

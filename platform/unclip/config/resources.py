@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unclip.config.base import Config
 
@@ -35,3 +35,12 @@ class ResourcesConfig(Config):
     """How workers are placed on nodes: together where possible (PACK), apart where possible (SPREAD), or strictly so."""
     max_failures: int = Field(default=3, ge=0)
     """Times that workers may die before the run fails; each time it continues from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self) -> Self:
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker} with num_workers = {self.num_workers}: "
+                "NCCL refuses workers that share a GPU"
+            )
+        return self

@@ -119,7 +119,7 @@ def paper() -> TrainConfig:
         recipe="paper",
         run=shared.run_folder("paper", "clip"),
         bundle=shared.bundle("paper"),
-        data=TrainDataConfig(path="", shuffle_rows=1_048_576),
+        data=TrainDataConfig(path=""),
         objective=ClipObjectiveConfig(
             architecture=ClipArchitectureConfig(
                 embed_dim=1024,

@@ -80,7 +80,7 @@ def demo() -> TrainConfig:
         text=TextTransformerConfig(context_length=24, width=64, depth=1, heads=2),
         embed_dim=128,
     )
-    sampling = SamplingConfig(sampler="ddim", num_inference_steps=50, guidance_scale=1.5)
+    sampling = SamplingConfig(sampler="ddim", num_inference_steps=40, guidance_scale=3.0)
     return TrainConfig(
         stage="decoder",
         recipe="demo",
@@ -154,7 +154,7 @@ def paper() -> TrainConfig:
         recipe="paper",
         run=shared.run_folder("paper", "decoder"),
         bundle=shared.bundle("paper"),
-        data=TrainDataConfig(path="", shuffle_rows=1_048_576),
+        data=TrainDataConfig(path=""),
         objective=DecoderObjectiveConfig(stage=stage(model, sampling)),
         optimizer=OptimizerConfig(learning_rate=1.2e-4, ema_decay=0.9999, ema_warmup=False),
         zero=ZeroConfig(stage=2, precision="bf16"),

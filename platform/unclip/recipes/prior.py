@@ -102,7 +102,7 @@ def paper() -> TrainConfig:
         recipe="paper",
         run=shared.run_folder("paper", "prior"),
         bundle=shared.bundle("paper"),
-        data=TrainDataConfig(path="", shuffle_rows=1_048_576),
+        data=TrainDataConfig(path=""),
         objective=PriorObjectiveConfig(stage=stage(model)),
         optimizer=OptimizerConfig(
             learning_rate=1.1e-4, beta2=0.96, eps=1e-6, weight_decay=6e-2, ema_decay=0.9999, ema_warmup=False

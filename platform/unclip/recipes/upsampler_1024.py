@@ -103,7 +103,7 @@ def paper() -> TrainConfig:
         recipe="paper",
         run=shared.run_folder("paper", "upsampler_1024"),
         bundle=shared.bundle("paper"),
-        data=TrainDataConfig(path="", shuffle_rows=65_536),
+        data=TrainDataConfig(path=""),
         objective=objective(unet, SamplingConfig(sampler="ddim", num_inference_steps=15)),
         optimizer=OptimizerConfig(learning_rate=1e-4, ema_decay=0.9999, ema_warmup=False),
         zero=ZeroConfig(stage=1, precision="bf16"),

@@ -108,7 +108,7 @@ def paper() -> TrainConfig:
         recipe="paper",
         run=shared.run_folder("paper", "upsampler_256"),
         bundle=shared.bundle("paper"),
-        data=TrainDataConfig(path="", shuffle_rows=262_144),
+        data=TrainDataConfig(path=""),
         objective=objective(unet, SamplingConfig(sampler="ddim", num_inference_steps=27, timestep_spacing="fast27")),
         optimizer=OptimizerConfig(learning_rate=1.2e-4, ema_decay=0.9999, ema_warmup=False),
         zero=ZeroConfig(stage=1, precision="bf16"),

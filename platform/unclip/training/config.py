@@ -34,7 +34,7 @@ class LoopConfig(Config):
     global_batch_size: int = Field(gt=0)
     """Samples of one optimizer step over all workers; the micro-batches follow from it."""
     microbatch_size: int = Field(gt=0)
-    """Samples that one worker puts through the model at once; the rest is gradient accumulation."""
+    """Samples that one worker puts through the model at once, at most; what is left of its share is accumulated."""
     time_limit_s: float | None = Field(default=None, gt=0)
     """Seconds of training, restarts not counted twice, after which the run ends as if max_steps were reached."""
     log_every: int = Field(default=10, gt=0)
@@ -43,14 +43,6 @@ class LoopConfig(Config):
     """Seconds between two checkpoints: the most work that a killed worker can lose. 0 saves after every step."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> LoopConfig:
-        if self.global_batch_size % self.microbatch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of microbatch_size {self.microbatch_size}"
-            )
-        return self
 
 
 class TrainConfig(Config):
@@ -80,11 +72,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        workers, loop = self.resources.num_workers, self.loop
-        if loop.global_batch_size % (workers * loop.microbatch_size):
+        workers, batch = self.resources.num_workers, self.loop.global_batch_size
+        if batch % workers or self.rank_batch_size % self.microbatch_size:
             raise ValueError(
-                f"loop.global_batch_size = {loop.global_batch_size} must be a multiple of resources.num_workers x "
-                f"loop.microbatch_size = {workers} x {loop.microbatch_size}"
+                f"loop.global_batch_size = {batch} must be a multiple of resources.num_workers = {workers}, and each "
+                f"worker's share of loop.microbatch_size = {self.loop.microbatch_size} unless it is smaller"
             )
         if self.objective.stage_config().kind != self.stage:
             raise ValueError(f"objective trains {self.objective.stage_config().kind!r}, but stage = {self.stage!r}")
@@ -95,9 +87,14 @@ class TrainConfig(Config):
         return self
 
     @property
+    def microbatch_size(self) -> int:
+        """Samples that one worker puts through the model at once."""
+        return min(self.loop.microbatch_size, self.rank_batch_size)
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches that one worker accumulates for an optimizer step."""
-        return self.loop.global_batch_size // (self.resources.num_workers * self.loop.microbatch_size)
+        return self.rank_batch_size // self.microbatch_size
 
     @property
     def rank_batch_size(self) -> int:

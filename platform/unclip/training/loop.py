@@ -56,7 +56,7 @@ class Trainer:
             self.objective.model,
             config.optimizer,
             config.zero,
-            microbatch_size=config.loop.microbatch_size,
+            microbatch_size=config.microbatch_size,
             accumulation_steps=config.accumulation_steps,
             device=device,
         )
@@ -64,13 +64,13 @@ class Trainer:
         self.clock = Clock()
         self._skipped = 0
         self._saved_step = 0
-        self._last_checkpoint = time.monotonic()
+        self._saved_seconds = 0.0
 
     def resume(self, newest: checkpoint.Checkpoint) -> None:
         """Continues from a committed checkpoint of the run, by any number of workers at any ZeRO stage."""
         checkpoint.load(newest, self.engine)
         self.clock = Clock(**newest.state)
-        self._saved_step = self.clock.step
+        self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds
 
     def train(self, batches: Batches) -> dict[str, Any]:
         """Takes one element of `batches`, this worker's share of a global batch, a step; returns the run's summary."""
@@ -78,7 +78,7 @@ class Trainer:
         while not self._finished():
             started = time.monotonic()
             window.add(self._step(batches))
-            self.clock.seconds += time.monotonic() - started
+            self.clock.seconds = self._agree(self.clock.seconds + time.monotonic() - started)
             self.clock.step += 1
             self.clock.samples_seen += self.config.loop.global_batch_size
             self._save_if_due()
@@ -100,7 +100,7 @@ class Trainer:
         # Dropout inside models draws from torch's own generator; keyed so, a resumed step repeats a straight one.
         torch.manual_seed(hash((self.config.seed, self.clock.step, self.rank)))
         sums: dict[str, torch.Tensor] = {}
-        size = self.config.loop.microbatch_size
+        size = self.config.microbatch_size
         for index in range(self.config.accumulation_steps):
             micro = {name: tensor[index * size : (index + 1) * size] for name, tensor in batch.items()}
             with self.timer.phase("forward"):
@@ -139,10 +139,10 @@ class Trainer:
         if self.clock.step >= self.config.loop.max_steps:
             return True
         limit = self.config.loop.time_limit_s
-        return limit is not None and self._agree(self.clock.seconds >= limit)
+        return limit is not None and self.clock.seconds >= limit
 
     def _save_if_due(self) -> None:
-        if self._agree(time.monotonic() - self._last_checkpoint >= self.config.loop.checkpoint_every_s):
+        if self.clock.seconds - self._saved_seconds >= self.config.loop.checkpoint_every_s:
             self._save()
 
     def _save(self) -> None:
@@ -151,16 +151,15 @@ class Trainer:
             checkpoint.save(uri, self.engine, asdict(self.clock))
             if self.rank == 0:
                 checkpoint.collect(self.run.checkpoints_uri, keep_last=self.config.loop.keep_checkpoints)
-        self._saved_step = self.clock.step
-        self._last_checkpoint = time.monotonic()
+        self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds
 
-    def _agree(self, decision: bool) -> bool:
-        """Worker 0's decision, so that clocks which differ never part the workers."""
+    def _agree(self, seconds: float) -> float:
+        """Worker 0's time, which decides about learning rate, checkpoints and the end: workers must not differ in them."""
         if self.world_size == 1:
-            return decision
-        flag = torch.tensor([decision], dtype=torch.uint8, device=self.device)
-        distributed.broadcast(flag, src=0)
-        return bool(flag.item())
+            return seconds
+        shared = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        distributed.broadcast(shared, src=0)
+        return float(shared.item())
 
     def _log(self, window: _Window) -> None:
         means = window.means(self.world_size, self.device)

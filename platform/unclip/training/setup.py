@@ -48,8 +48,19 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
     order = _order(config, manifest)
     RunFolder(config.run).check(config)
     if config.bundle is not None:
-        check_clip(config.bundle, config.stage, clip_reference(config))
+        _check_bundle(config)
     return PreparedRun(config, manifest, spec, order)
+
+
+def _check_bundle(config: TrainConfig) -> None:
+    """Refuses a bundle whose stages belong to another CLIP, among them a new CLIP for a bundle that has other stages."""
+    assert config.bundle is not None
+    if config.stage == "clip" and RunFolder(config.run).summary() is None:
+        check_clip(
+            config.bundle, "clip", ClipReference(source="clip", fingerprint="of a CLIP that is still to be trained")
+        )
+    else:
+        check_clip(config.bundle, config.stage, clip_reference(config))
 
 
 def clip_reference(config: TrainConfig) -> ClipReference | None:

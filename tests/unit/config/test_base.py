@@ -57,6 +57,17 @@ def test_overrides_are_typed_and_nested() -> None:
     assert Outer(steps=3).inner.width == 8
 
 
+def test_text_is_taken_as_it_is() -> None:
+    for text in ("a heart #1", "a: b", "2026", "1e3"):
+        assert Outer(steps=1).override([f"path={text}"]).path == text
+    assert Outer(steps=1, path="x").override(["path=null"]).path is None
+
+
+def test_a_bad_value_in_a_variant_is_named_as_it_is_set() -> None:
+    with pytest.raises(ConfigError, match=r"^shape\.side = 'wide'"):
+        Outer(steps=1, shape=Square()).override(["shape.side=wide"])
+
+
 def test_override_may_choose_another_variant() -> None:
     config = Outer(steps=1).override(["shape.kind=square", "shape.side=5"])
     assert config.shape == Square(side=5.0)
@@ -70,7 +81,7 @@ def test_override_may_choose_another_variant() -> None:
         ("inner.width=0", ["inner.width = 0", "greater than 0"]),
         ("inner.width=many", ["inner.width = 'many'", "integer"]),
         ("inner.name=c", ["inner.name = 'c'", "'a' or 'b'"]),
-        ("shape.diameter=3", ["shape.circle.diameter", "unknown field", "radius"]),
+        ("shape.diameter=3", ["shape.diameter: unknown field", "radius"]),
         ("inner.width", ["inner.width", "FIELD=VALUE"]),
     ],
 )

@@ -41,6 +41,11 @@ class UpsamplerObjectiveConfig(BaseObjectiveConfig):
                 f"crop_fraction {self.crop_fraction} of image_size {self.stage.image_size} must be a whole number of "
                 f"low-res pixels ({factor} wide)"
             )
+        if self.crop_size % self.stage.model.unet.stride:
+            raise ValueError(
+                f"crop_fraction {self.crop_fraction} gives crops of {self.crop_size} pixels; the U-Net needs multiples of "
+                f"{self.stage.model.unet.stride}"
+            )
         return self
 
     @property

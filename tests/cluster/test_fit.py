@@ -1,0 +1,144 @@
+"""Whole runs through Ray Data, Ray Train and DeepSpeed, on real drawings: the chain, one worker and two, a killed worker."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from unclip.cluster.embed import EmbedConfig, run_embed
+from unclip.cluster.fit import check, fit
+from unclip.cluster.preflight import PreflightError
+from unclip.pipelines.bundle import Bundle
+from unclip.pipelines.stages import StageName
+from unclip.pipelines.text_to_image import GenerationOptions, Pipeline
+from unclip.recipes import RECIPES
+from unclip.training.config import TrainConfig
+from unclip.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def chain(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle whose clip was trained, and the drawings embedded by it."""
+    folder = tmp_path_factory.mktemp("chain")
+    fit(debug("clip", folder, f"{openmoji}/64/train"))
+    run_embed(EmbedConfig(data=f"{openmoji}/64/train", out=f"{folder}/embedded", clip=f"{folder}/bundle/clip"))
+    return folder
+
+
+def debug(stage: StageName, folder: Path, data: str, **changes: Any) -> TrainConfig:
+    places = {"run": f"{folder}/{stage}", "bundle": f"{folder}/bundle", "clip": None, "data": {"path": data}}
+    return RECIPES[stage]["debug"]().merged(places).merged(changes)
+
+
+def losses(config: TrainConfig) -> np.ndarray[Any, Any]:
+    return np.array([record["loss"] for record in RunFolder(config.run).metrics()])
+
+
+def test_the_chain_ends_with_pictures(chain: Path, openmoji: str) -> None:
+    fit(debug("prior", chain, f"{chain}/embedded"))
+    fit(debug("decoder", chain, f"{chain}/embedded"))
+    summary = fit(debug("upsampler_256", chain, f"{openmoji}/256/train"))
+    assert summary["step"] == 2
+    assert set(Bundle.load(f"{chain}/bundle").configs) == {"clip", "prior", "decoder", "upsampler_256"}
+    options = GenerationOptions(up_to=256)
+    pictures = Pipeline.from_bundle(f"{chain}/bundle", "cpu", options=options)(["a heart"], [0], options=options).images
+    assert {size: array.shape for size, array in pictures.items()} == {64: (1, 64, 64, 3), 256: (1, 256, 256, 3)}
+
+
+def test_a_finished_run_is_not_trained_again(chain: Path, openmoji: str) -> None:
+    config = debug("clip", chain, f"{openmoji}/64/train")
+    before = RunFolder(config.run).summary()
+    assert fit(config) == before
+
+
+def test_two_workers_give_the_loss_curve_of_one(chain: Path) -> None:
+    curves = []
+    for workers in (1, 2):
+        config = debug(
+            "decoder",
+            chain,
+            f"{chain}/embedded",
+            run=f"{chain}/decoder-{workers}-workers",
+            bundle=None,
+            loop={"max_steps": 6, "checkpoint_every_s": 600.0},
+            resources={"num_workers": workers},
+        )
+        fit(config)
+        curves.append(losses(config))
+    assert len(curves[0]) == 6
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+
+
+def test_embeddings_made_in_the_stream_equal_those_in_columns(chain: Path, openmoji: str) -> None:
+    curves = []
+    for embeddings, data in (("columns", f"{chain}/embedded"), ("stream", f"{openmoji}/64/train")):
+        config = debug(
+            "prior",
+            chain,
+            data,
+            run=f"{chain}/prior-{embeddings}",
+            bundle=None,
+            clip=f"{chain}/bundle/clip",
+        ).merged({"data": {"embeddings": embeddings}})
+        fit(config)
+        curves.append(losses(config))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+
+
+def test_a_killed_worker_leaves_no_trace_in_the_curve(chain: Path, openmoji: str) -> None:
+    def config(name: str) -> TrainConfig:
+        return debug(
+            "upsampler_256",
+            chain,
+            f"{openmoji}/256/train",
+            run=f"{chain}/{name}",
+            bundle=None,
+            loop={"max_steps": 40},
+        )
+
+    killed = threading.Event()
+    killer = threading.Thread(target=_kill_worker_after, args=(RunFolder(config("killed").run), 5, killed), daemon=True)
+    killer.start()
+    summary = fit(config("killed"))
+    assert killed.is_set()
+    assert summary["step"] == 40
+    fit(config("straight"))
+    np.testing.assert_array_equal(losses(config("killed")), losses(config("straight")))
+
+
+def _kill_worker_after(run: RunFolder, step: int, killed: threading.Event) -> None:
+    """kill -9 for the training worker as soon as the run has logged `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            done = json.loads(Path(run.progress_uri).read_text())["step"]
+        except (FileNotFoundError, json.JSONDecodeError):
+            done = 0
+        if done >= step:
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
+                    process.kill()
+                    killed.set()
+                    return
+        time.sleep(0.05)
+
+
+def test_too_many_workers_are_refused_before_anything_is_there(chain: Path, openmoji: str) -> None:
+    config = debug(
+        "upsampler_256",
+        chain,
+        f"{openmoji}/256/train",
+        run=f"{chain}/refused",
+        loop={"global_batch_size": 32, "microbatch_size": 1},
+        resources={"num_workers": 32},
+    )
+    with pytest.raises(PreflightError, match=r"32 workers x 1 CPUs.*\n.*\n.*resources\.num_workers="):
+        check(config)
+    assert not Path(config.run, "config.json").exists()

@@ -1,0 +1,113 @@
+"""`ray job submit` against a cluster that has no unclip installed, with Ray's token authentication on."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with this environment's packages, but not with unclip: editable installs do not carry over."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    (folder / "lib" / version / "site-packages" / "packages.pth").write_text(packages + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
+    """A head node with its dashboard, and the environment that clients need."""
+    port, dashboard = _free_port(), _free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_worker_niceness": "0",
+    }
+    command = [str(bare_python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=300000000"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0"]
+    head_environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
+    log = (tmp_path_factory.mktemp("head") / "log.txt").open("w")
+    head = subprocess.Popen(command, env=head_environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for_dashboard(environment)
+        yield environment
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+
+
+def test_unclip_is_not_in_the_clusters_environment(bare_python: Path) -> None:
+    done = subprocess.run(
+        [bare_python, "-c", "import ray, torch; import unclip"], capture_output=True, text=True, cwd="/"
+    )
+    assert "No module named 'unclip'" in done.stderr
+
+
+def test_a_stage_is_trained_by_a_submitted_job(
+    bare_python: Path, cluster: Mapping[str, str], openmoji: str, tmp_path: Path
+) -> None:
+    settings = [f"run={tmp_path}/clip", f"bundle={tmp_path}/bundle", f"data.path={openmoji}/64/train"]
+    job = ["python", "jobs/train_clip.py", "--recipe", "debug", *(a for s in settings for a in ("--set", s))]
+    done = _submit(bare_python, cluster, job)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert json.loads((tmp_path / "clip/summary.json").read_text())["step"] == 2
+    assert (tmp_path / "bundle/clip/model.safetensors").exists()
+
+
+def test_paths_that_would_be_lost_with_the_job_are_refused(bare_python: Path, cluster: Mapping[str, str]) -> None:
+    done = _submit(bare_python, cluster, ["python", "jobs/train_clip.py", "--recipe", "debug"])
+    assert done.returncode != 0
+    assert "absolute path" in done.stdout + done.stderr
+
+
+def _submit(python: Path, environment: Mapping[str, str], job: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [str(python), "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
+    command += ["--runtime-env", "jobs/runtime_env.yaml", "--", *job]
+    return subprocess.run(command, cwd=REPOSITORY, env=dict(environment), capture_output=True, text=True, timeout=300)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait_for_dashboard(environment: Mapping[str, str]) -> None:
+    request = urllib.request.Request(
+        f"{environment['RAY_ADDRESS']}/api/version",
+        headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"},
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
