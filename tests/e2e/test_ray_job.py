@@ -36,8 +36,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """A head node with its dashboard, and the environment that clients need."""
     port, dashboard = _free_port(), _free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
-    environment |= {
+    environment = _clean_environment(bare_python) | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -46,12 +45,12 @@ def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     }
     command = [str(bare_python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=300000000"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={_free_port()}"]
     head_environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     log = (tmp_path_factory.mktemp("head") / "log.txt").open("w")
     head = subprocess.Popen(command, env=head_environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_for_dashboard(environment)
+        _wait_for_dashboard(environment, head)
         yield environment
     finally:
         os.killpg(head.pid, signal.SIGTERM)
@@ -62,9 +61,9 @@ def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_unclip_is_not_in_the_clusters_environment(bare_python: Path) -> None:
-    done = subprocess.run(
-        [bare_python, "-c", "import ray, torch; import unclip"], capture_output=True, text=True, cwd="/"
-    )
+    command = [str(bare_python), "-c", "import ray, torch; import unclip"]
+    environment = _clean_environment(bare_python)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert "No module named 'unclip'" in done.stderr
 
 
@@ -85,6 +84,12 @@ def test_paths_that_would_be_lost_with_the_job_are_refused(bare_python: Path, cl
     assert "absolute path" in done.stdout + done.stderr
 
 
+def _clean_environment(python: Path) -> dict[str, str]:
+    """As a user's shell has it: nothing of another Ray, and no path to this repository."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH", "AWS_"))}
+    return kept | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def _submit(python: Path, environment: Mapping[str, str], job: list[str]) -> subprocess.CompletedProcess[str]:
     command = [str(python), "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
     command += ["--runtime-env", "jobs/runtime_env.yaml", "--", *job]
@@ -97,7 +102,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_for_dashboard(environment: Mapping[str, str]) -> None:
+def _wait_for_dashboard(environment: Mapping[str, str], head: subprocess.Popen[bytes]) -> None:
     request = urllib.request.Request(
         f"{environment['RAY_ADDRESS']}/api/version",
         headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"},
@@ -108,6 +113,6 @@ def _wait_for_dashboard(environment: Mapping[str, str]) -> None:
             urllib.request.urlopen(request, timeout=5).close()
             return
         except (urllib.error.URLError, OSError):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or head.poll() is not None:
                 raise
             time.sleep(0.5)

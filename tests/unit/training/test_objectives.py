@@ -367,8 +367,8 @@ def test_sharpness_aware_minimisation_takes_the_gradient_uphill_and_comes_back()
     output.loss.backward()
     torch.testing.assert_close(output.loss, expected)
     ours = gradients(objective.model)
-    for name, gradient in gradients(uphill).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+    for name, gradient in gradients(uphill).items():  # by norm: single elements near zero are all rounding
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
     assert any(not torch.allclose(ours[name], first[name], rtol=0.05) for name in first)
     moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in objective.model.named_parameters()]).norm()
     assert float(moved) == pytest.approx(rho, rel=1e-4)
