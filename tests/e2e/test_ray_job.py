@@ -46,6 +46,7 @@ def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     command = [str(bare_python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=300000000"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={_free_port()}"]
+    command += [f"--dashboard-agent-listen-port={_free_port()}"]  # jobs start there; its fixed default may be taken
     head_environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     log = (tmp_path_factory.mktemp("head") / "log.txt").open("w")
     head = subprocess.Popen(command, env=head_environment, stdout=log, stderr=log, start_new_session=True)
