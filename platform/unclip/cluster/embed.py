@@ -72,9 +72,6 @@ class _Plan:
     def fragments_of(self, file: str) -> list[int]:
         return [index for index, fragment in enumerate(self.manifest.fragments) if fragment.file == file]
 
-    def rows_of(self, file: str) -> int:
-        return sum(self.manifest.fragments[index].rows for index in self.fragments_of(file))
-
 
 def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     """Embeds what is missing and returns the manifest.
@@ -120,8 +117,8 @@ def _forget_other_clip(plan: _Plan, facts: dict[str, Any]) -> None:
     identity = {
         "fingerprint": facts["fingerprint"],
         "data": plan.manifest.facts.get("records_sha256", plan.manifest.uri),
+        "rows": plan.manifest.rows,
     }
-    identity["rows"] = plan.manifest.rows
     if storage.exists(marker) and storage.read_json(marker) == identity:
         return
     for name in storage.names(plan.out):
@@ -148,14 +145,14 @@ def _embed_missing(config: EmbedConfig, plan: _Plan) -> None:
 def _dataset(config: EmbedConfig, plan: _Plan, fragments: Sequence[int]) -> ray.data.Dataset:
     """One row for each row group that was embedded and written."""
     pool = stream.ClipPool(config.clip, config.actors, config.gpus)
-    with ray.data.DataContext.current(stream._data_context()):
+    with ray.data.DataContext.current(stream.data_context()):
         tasks = [{"fragments": list(fragments[i : i + _PER_TASK])} for i in range(0, len(fragments), _PER_TASK)]
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         dataset = dataset.map_batches(
             partial(_decode, plan=plan), batch_size=None, num_cpus=1, compute=TaskPoolStrategy(size=config.data_cpus)
         )
         dataset = dataset.map_batches(
-            stream._ClipActor,
+            stream.ClipActor,
             fn_constructor_args=(pool,),
             batch_size=None,
             compute=ActorPoolStrategy(size=config.actors),

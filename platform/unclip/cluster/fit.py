@@ -28,9 +28,7 @@ def check(config: TrainConfig) -> PreparedRun:
 
     Raises `ConfigError`, `DataError`, `BundleError`, `PreflightError` or `OSError`, each naming what to change.
     """
-    _refuse_lost_paths(config)
-    prepared = prepare_run(config)
-    check_outputs(prepared.config)
+    prepared = _prepare(config)
     preflight.check_without_claiming(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
     return prepared
 
@@ -41,10 +39,8 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     A run that is finished is not trained again. Raises what `check` raises, and `ray.train` errors where workers died
     more often than `resources.max_failures` allows.
     """
-    _refuse_lost_paths(config)
-    prepared = prepare_run(config)
+    prepared = _prepare(config)
     config, run = prepared.config, RunFolder(prepared.config.run)
-    check_outputs(config)
     summary = run.summary()
     if summary is None or not _is_finished(summary, config):
         with session.session():
@@ -55,6 +51,13 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     if config.bundle is not None:
         publish(config)
     return summary
+
+
+def _prepare(config: TrainConfig) -> PreparedRun:
+    _refuse_lost_paths(config)
+    prepared = prepare_run(config)
+    check_outputs(prepared.config)
+    return prepared
 
 
 def _train(prepared: PreparedRun, run: RunFolder) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
         {"first": start, "stop": min(start + CHUNKS_PER_TASK, last + 1)}
         for start in range(first, last + 1, CHUNKS_PER_TASK)
     ]
-    with DataContext.current(_data_context()):
+    with DataContext.current(data_context()):
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         dataset = dataset.map_batches(
             partial(_read, plan=plan),
@@ -148,7 +148,7 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
         )
         if plan.clip is not None:
             dataset = dataset.map_batches(
-                _ClipActor,
+                ClipActor,
                 fn_constructor_args=(plan.clip,),
                 batch_size=None,
                 compute=ActorPoolStrategy(size=plan.clip.actors),
@@ -272,7 +272,7 @@ def _decode(units: pa.Table, plan: StreamPlan) -> Iterator[Batch]:
         yield {name: array[np.newaxis] for name, array in batch.items()}
 
 
-class _ClipActor:
+class ClipActor:
     """Units in, the same units with CLIP's embeddings out."""
 
     def __init__(self, pool: ClipPool) -> None:
@@ -287,7 +287,7 @@ class _ClipActor:
             yield {name: array[np.newaxis] for name, array in batch.items()}
 
 
-def _data_context() -> DataContext:
+def data_context() -> DataContext:
     """Settings of the stream's own execution; the process's settings stay as they are."""
     context = DataContext.get_current().copy()
     context.execution_options = execution_options()

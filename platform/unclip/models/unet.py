@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
-from unclip.models.layers import TimestepMLP, group_norm, merge_heads, run_block, split_heads, zero_init
+from unclip.models.layers import TimestepMLP, attention, group_norm, merge_heads, run_block, split_heads, zero_init
 
 
 class UNetConfig(Config):
@@ -149,7 +149,7 @@ class SpatialAttention(nn.Module):
             key, value = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
         if mask is not None:
             mask = functional.pad(mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attention(query, key, value, mask)
         return x + self.out(merge_heads(attended)).transpose(1, 2).reshape(x.shape)
 
 

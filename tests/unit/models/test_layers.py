@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unclip.models.layers import group_norm, merge_heads, split_heads, timestep_embedding
+from unclip.models.layers import attention, group_norm, merge_heads, split_heads, timestep_embedding
 
 
 def test_timestep_embedding_is_cosines_then_sines() -> None:
@@ -40,3 +40,20 @@ def test_heads_are_packed_one_after_the_other() -> None:
     torch.testing.assert_close(query[0, 1], x[0, :, 6:8])
     torch.testing.assert_close(value[0, 1], x[0, :, 10:12])
     torch.testing.assert_close(merge_heads(query)[..., 2:], x[..., 6:8])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_on_cpus_equals_pytorchs(masked: bool) -> None:
+    """There it is our own: forward and gradients as PyTorch's in float64, to bfloat16's rounding."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, length, 16).bfloat16().requires_grad_() for length in (5, 7, 7)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    mask = (torch.rand(2, 1, 5, 7) < 0.7) if masked else None
+    result = attention(*inputs, mask)
+    expected = nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask)
+    upstream = torch.randn_like(expected)
+    result.backward(upstream.bfloat16())
+    expected.backward(upstream)
+    torch.testing.assert_close(result.double(), expected, rtol=2**-6, atol=2**-6)
+    for ours, theirs in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2**-5, atol=2**-5)
