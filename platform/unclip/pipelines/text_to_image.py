@@ -16,12 +16,15 @@ from unclip.diffusion.respacing import TimestepSpacing
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.clip import ClipModel, Tokenizer
 from unclip.pipelines.bundle import Bundle, BundleError
-from unclip.pipelines.sampling import DecoderStage, PriorStage, UpsamplerStage, to_signed, to_uint8
+from unclip.pipelines.pictures import to_signed, to_uint8
 from unclip.pipelines.stages import (
+    DecoderStage,
     DecoderStageConfig,
+    PriorStage,
     PriorStageConfig,
     StageConfig,
     StageName,
+    UpsamplerStage,
     UpsamplerStageConfig,
 )
 from unclip.utils.random import SampleGenerator

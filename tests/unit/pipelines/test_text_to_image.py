@@ -8,7 +8,7 @@ import torch
 
 from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import BundleError
-from unclip.pipelines.sampling import to_signed, to_uint8
+from unclip.pipelines.pictures import to_signed, to_uint8
 from unclip.pipelines.stages import StageConfig
 from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
 from unclip.utils.random import SampleGenerator

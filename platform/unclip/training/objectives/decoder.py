@@ -11,7 +11,7 @@ from torch import nn
 from unclip.data.batches import BatchSpec
 from unclip.models.decoder import DecoderCondition
 from unclip.models.text import caption_mask
-from unclip.pipelines.sampling import to_signed
+from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import DecoderStageConfig
 from unclip.training.objectives.base import (
     BaseObjectiveConfig,

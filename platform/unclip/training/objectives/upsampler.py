@@ -9,7 +9,7 @@ from torch import nn
 
 from unclip.data.batches import BatchSpec
 from unclip.models.upsampler import UpsamplerCondition
-from unclip.pipelines.sampling import to_signed
+from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import UpsamplerStageConfig
 from unclip.training.objectives.base import (
     BaseObjectiveConfig,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from unclip.pipelines.sampling import DecoderStage, PriorStage, UpsamplerStage, to_signed, to_uint8
+from unclip.pipelines.pictures import to_signed, to_uint8
+from unclip.pipelines.stages import DecoderStage, PriorStage, UpsamplerStage
 from unclip.utils.random import SampleGenerator
 
 START, END = 49406, 49407

@@ -1,0 +1,44 @@
+"""What the configurations of several stages refuse, and what their networks are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from unclip.diffusion.process import DiffusionConfig
+from unclip.models.normalizer import EmbeddingNormalizerConfig
+from unclip.models.unet import UNetConfig
+from unclip.pipelines.pictures import PICTURE_CHANNELS
+
+
+def check_normalizer(normalizer: EmbeddingNormalizerConfig, embed_dim: int) -> None:
+    for name in ("mean", "std"):
+        value = getattr(normalizer, name)
+        if isinstance(value, tuple) and len(value) != embed_dim:
+            raise ValueError(f"normalizer.{name}: has {len(value)} numbers for model.embed_dim = {embed_dim}")
+
+
+def check_channels(unet: UNetConfig, diffusion: DiffusionConfig, *, in_channels: int) -> None:
+    learned = diffusion.variance_type == "learned_range"
+    out_channels = PICTURE_CHANNELS * (2 if learned else 1)
+    if unet.in_channels != in_channels:
+        raise ValueError(f"model.unet.in_channels = {unet.in_channels}: must be {in_channels} in this stage")
+    if unet.out_channels != out_channels:
+        raise ValueError(
+            f"model.unet.out_channels = {unet.out_channels}: must be {out_channels} with "
+            f"diffusion.variance_type = {diffusion.variance_type!r}"
+        )
+
+
+def check_size(size: int, unet: UNetConfig) -> None:
+    if size % unet.stride:
+        raise ValueError(f"image_size = {size}: must be a multiple of {unet.stride}, the stride of model.unet")
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The same network with its convolutions' weights in the layout that they are fastest in."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
