@@ -27,17 +27,17 @@ from unclip.training.run_folder import RunFolder
 from unclip.utils import storage
 
 TRAIN_SHARES: dict[StageName, float] = {
-    "clip": 0.12,
-    "prior": 0.10,
-    "decoder": 0.54,
-    "upsampler_256": 0.12,
-    "upsampler_1024": 0.12,
+    "clip": 0.10,
+    "prior": 0.09,
+    "decoder": 0.59,
+    "upsampler_256": 0.11,
+    "upsampler_1024": 0.11,
 }
 """How the time left for training is shared out; the decoder decides what the pictures show."""
 START_S, EMBED_S, GENERATE_S, LEAST_S = 18.0, 12.0, 40.0, 5.0
 """What a stage's start takes beside its training, the embedding and the pictures; the least that a stage trains."""
 
-DRAWINGS = {64: 400, 256: 300, 1024: 100}
+DRAWINGS = {64: 128, 256: 256, 1024: 96}
 """Training drawings of each size in 12 minutes; more time takes more of them."""
 
 PROMPTS = (
@@ -45,7 +45,7 @@ PROMPTS = (
     "a green circle",
     "a brown square",
     "a purple circle",
-    "a fearful face",
+    "the flag of Spain",
     "a blue heart",
     "a yellow circle",
     "an orange square",
