@@ -1,4 +1,4 @@
-"""Trains the diffusion prior: caption and CLIP text embedding to CLIP image embedding."""
+"""Trains a prior, diffusion or autoregressive (recipes ar_…): caption and CLIP text embedding to CLIP image embedding."""
 
 from __future__ import annotations
 

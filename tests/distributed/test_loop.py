@@ -5,7 +5,8 @@ All two-process cases run in one launch; the tests compare its run folders with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,64 @@ import torch
 from tests.support.embedded import embed, save_clip
 from tests.support.streams import local_batches
 
+from unclip.diffusion.timestep_sampling import LossAwareTimesteps
 from unclip.recipes import RECIPES
 from unclip.recipes.clip import tiny_architecture
 from unclip.training import checkpoint
+from unclip.training.checkpoint import FragmentReader
 from unclip.training.export import full_state_dict
 from unclip.training.loop import Trainer
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, prepare_run
 
-STEPS, GLOBAL_BATCH = 6, 4
-CASES = {
-    "decoder": ("decoder", 2),
-    "decoder accumulated": ("decoder", 1),
-    "clip": ("clip", 2),
+GLOBAL_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage that two workers train with this micro-batch, and one worker with twice as much: the same pairs at once,
+    which is what counts for CLIP."""
+
+    stage: str
+    microbatch: int
+    steps: int = 6
+    objective: Mapping[str, Any] = field(default_factory=dict)
+
+
+LOSS_AWARE: dict[str, Any] = {
+    "loss": {"timestep_sampling": "loss_aware"},
+    "stage": {"diffusion": {"num_train_timesteps": 2}, "sampling": {"num_inference_steps": 2}},
 }
-"""Stage and micro-batch of each two-worker case; the one worker has the same number of pairs at once for CLIP."""
+CASES = {
+    "decoder": Case("decoder", 2),
+    "decoder accumulated": Case("decoder", 1),
+    # Two timesteps, so that both have their ten losses well before the end.
+    "decoder loss-aware": Case("decoder", 1, steps=12, objective=LOSS_AWARE),
+    "clip": Case("clip", 2),
+}
 LOSS, GRADIENT, WEIGHT = 1e-5, 1e-5, 1e-5
 """Largest difference of a loss, relative one of a gradient's norm, and of an averaged weight: rounding of sums in another
 order, which Adam's eps of 1e-6 keeps from becoming steps of full length where a gradient is nothing else."""
 
 
-def prepare(folder: Path, name: str, *, stage: str, workers: int, microbatch: int) -> PreparedRun:
+def prepare(folder: Path, name: str, *, workers: int) -> PreparedRun:
+    case = CASES[name]
     places = {
         "run": str(folder / "runs" / f"{name} x {workers}"),
         "bundle": None,
-        "clip": str(folder / "clip" / "clip") if stage == "decoder" else None,
+        "clip": str(folder / "clip" / "clip") if case.stage == "decoder" else None,
         "data": {"path": str(folder / "embedded")},
         "optimizer": {"eps": 1e-6, "grad_clip": 0.05, "ema_decay": 0.5},
         "resources": {"num_workers": workers},
+        "objective": case.objective,
         "loop": {
-            "max_steps": STEPS,
+            "max_steps": case.steps,
             "global_batch_size": GLOBAL_BATCH,
-            "microbatch_size": microbatch,
+            "microbatch_size": case.microbatch * 2 // workers,
             "checkpoint_every_s": 600.0,
         },
     }
-    return prepare_run(RECIPES[stage]["debug"]().merged(places))  # type: ignore[index]
+    return prepare_run(RECIPES[case.stage]["debug"]().merged(places))  # type: ignore[index]
 
 
 def train(prepared: PreparedRun, rank: int) -> dict[str, Any]:
@@ -63,10 +86,7 @@ def train(prepared: PreparedRun, rank: int) -> dict[str, Any]:
 
 def two_workers(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """What each of the two processes runs: all cases."""
-    return {
-        name: train(prepare(folder, name, stage=stage, workers=world_size, microbatch=microbatch), rank)["step"]
-        for name, (stage, microbatch) in CASES.items()
-    }
+    return {name: train(prepare(folder, name, workers=world_size), rank)["step"] for name in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +96,15 @@ def folder(
     """Run folders of every case with one worker and with two."""
     root = tmp_path_factory.mktemp("workers")
     embed(f"{openmoji}/64/train", str(root / "embedded"), save_clip(str(root / "clip"), tiny_architecture()))
-    for name, (stage, microbatch) in CASES.items():
-        train(prepare(root, name, stage=stage, workers=1, microbatch=2 * microbatch), rank=0)
-    assert run_ranks(two_workers, 2, root) == [dict.fromkeys(CASES, STEPS)] * 2
+    for name in CASES:
+        train(prepare(root, name, workers=1), rank=0)
+    assert run_ranks(two_workers, 2, root) == [{name: case.steps for name, case in CASES.items()}] * 2
     return root
 
 
 def metrics(folder: Path, name: str, workers: int) -> list[dict[str, Any]]:
     records = RunFolder(str(folder / "runs" / f"{name} x {workers}")).metrics()
-    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records] == list(range(1, CASES[name].steps + 1))
     return records
 
 
@@ -93,6 +113,13 @@ def averages(folder: Path, name: str, workers: int) -> dict[str, torch.Tensor]:
     assert newest is not None
     assert len(newest.manifest["files"]) == workers
     return full_state_dict(newest, "ema")
+
+
+def objective_state(folder: Path, name: str, workers: int) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(RunFolder(str(folder / "runs" / f"{name} x {workers}")).checkpoints_uri)
+    assert newest is not None
+    with FragmentReader(newest) as reader:
+        return {key: reader.read_objective(key) for key in newest.manifest["objective"]}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,6 +139,19 @@ def test_two_workers_have_the_averages_of_one(folder: Path, name: str) -> None:
         torch.testing.assert_close(two[key], expected, atol=WEIGHT, rtol=0)
 
 
+def test_two_workers_draw_the_timesteps_of_one(folder: Path) -> None:
+    """What they learned of the losses is the same, sample by sample, though each has seen but half of them."""
+    one, two = (objective_state(folder, "decoder loss-aware", workers) for workers in (1, 2))
+    assert one.keys() == two.keys() == {"losses", "losses_seen"}
+    assert torch.equal(one["losses_seen"], two["losses_seen"])
+    assert int(one["losses_seen"].sum()) == 12 * GLOBAL_BATCH
+    assert int(one["losses_seen"].min()) > 10
+    torch.testing.assert_close(two["losses"], one["losses"], atol=LOSS, rtol=0)
+    history = LossAwareTimesteps(2)
+    history.load_state(one)
+    assert abs(float(history.probabilities()[0]) - 0.5) > 0.01  # draws have left uniformity
+
+
 def test_accumulation_does_not_count(folder: Path) -> None:
     """One micro-batch of four, two of two, and one or two on each of two workers: one run."""
     expected = metrics(folder, "decoder", 1)
@@ -128,7 +168,7 @@ def test_the_tolerance_is_far_below_what_training_does(folder: Path) -> None:
         losses = [record["loss"] for record in metrics(folder, name, 1)]
         assert max(losses) - min(losses) > 100 * LOSS
     trained = averages(folder, "decoder", 1)
-    newest = prepare(folder, "new", stage="decoder", workers=1, microbatch=4)
+    newest = prepare(folder, "decoder", workers=1)
     torch.manual_seed(newest.config.seed)
     initial = newest.config.objective.build().model.state_dict()
     changes = torch.cat([(trained[key] - value).abs().flatten() for key, value in initial.items()])

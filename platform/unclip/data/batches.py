@@ -45,6 +45,10 @@ class BatchSpec(Config):
     """Adds `clip_tokens`, the caption as a frozen CLIP in the stream reads it: `simple` or a CLIP source."""
     clip_context_length: int = Field(default=77, ge=1)
     """Tokens of a caption for that CLIP."""
+    label_column: str | None = None
+    """Column that holds each record's class, of any type; adds `label`. Null where no classes are needed."""
+    classes: tuple[str, ...] = ()
+    """The column's values as text; a record's label is the position of its value here."""
     max_pixels: int = Field(default=DEFAULT_MAX_PIXELS, ge=1)
     """Larger pictures are refused before they are decoded."""
 
@@ -56,6 +60,9 @@ class BatchSpec(Config):
             raise ValueError(f"crop_size = {self.crop_size} is larger than image_size = {self.image_size}")
         if self.low_res_size is not None and self.output_size % self.low_res_size:
             raise ValueError(f"low_res_size = {self.low_res_size} does not divide the side {self.output_size}")
+        if len(set(self.classes)) != len(self.classes):
+            repeated = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"classes: {repeated!r} is there more than once")
         return self
 
     @property
@@ -71,15 +78,17 @@ class BatchSpec(Config):
         """Columns that records need to have."""
         has_picture = self.image_size is not None or self.clip_image_size is not None
         wanted = {"id": True, "image": has_picture, "caption": self.has_captions}
-        return (*(name for name, needed in wanted.items() if needed), *self.embeddings)
+        label = () if self.label_column is None else (self.label_column,)
+        names = (*(name for name, needed in wanted.items() if needed), *self.embeddings, *label)
+        return tuple(dict.fromkeys(names))
 
 
 def make_batch(table: pa.Table, positions: npt.NDArray[np.int64], spec: BatchSpec, seed: int) -> Batch:
     """The batch of the table's rows, which stand at `positions` (B,) of the run.
 
     Returns contiguous arrays: `id` (B,) int64, `position` (B,) int64 and, as the spec asks, `image` (B, H, H, 3) uint8,
-    `low_res` (B, h, h, 3) uint8, `clip_image` (B, S, S, 3) uint8, `tokens` and `clip_tokens` (B, L) int32, and each of
-    `spec.embeddings` (B, D) float16. Crops and degradations depend on (seed, position) alone.
+    `low_res` (B, h, h, 3) uint8, `clip_image` (B, S, S, 3) uint8, `tokens` and `clip_tokens` (B, L) int32, each of
+    `spec.embeddings` (B, D) float16, and `label` (B,) int64. Crops and degradations depend on (seed, position) alone.
 
     Raises `DataError` naming the id and the reason where a row cannot be used.
     """
@@ -95,6 +104,8 @@ def make_batch(table: pa.Table, positions: npt.NDArray[np.int64], spec: BatchSpe
         batch |= _tokens(texts, spec)
     for name in spec.embeddings:
         batch[name] = _embedding(table.column(name), name, ids)
+    if spec.label_column is not None:
+        batch["label"] = _labels(table.column(spec.label_column), spec, ids)
     return batch
 
 
@@ -155,6 +166,18 @@ def _embedding(column: pa.ChunkedArray, name: str, ids: npt.NDArray[np.int64]) -
     values = array.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), array.type.list_size).astype(np.float16)
     _refuse(ids, (~np.isfinite(values).all(axis=1)).tolist(), f"{name} is not finite")
     return np.ascontiguousarray(values)
+
+
+def _labels(column: pa.ChunkedArray, spec: BatchSpec, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    positions = {name: position for position, name in enumerate(spec.classes)}
+    labels = np.empty(len(ids), dtype=np.int64)
+    for row, value in enumerate(column.to_pylist()):
+        if value is None or str(value) not in positions:
+            raise DataError(
+                f"record {ids[row]}: {spec.label_column} = {value!r} is none of the {len(positions)} classes"
+            )
+        labels[row] = positions[str(value)]
+    return labels
 
 
 def _refuse(ids: npt.NDArray[np.int64], is_bad: list[bool], reason: str) -> None:

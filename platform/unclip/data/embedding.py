@@ -101,3 +101,40 @@ class EmbeddingStatistics:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         return cls(data["count"], data["mean"], data["m2"])
+
+
+class EmbeddingCovariance:
+    """Mean and covariance of vectors seen in any order and in any number of processes, in float64.
+
+    Merged like `EmbeddingStatistics`; `scatter` (D, D) is the sum of outer products of deviations from the mean.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(embed_dim)
+        self.scatter = np.zeros((embed_dim, embed_dim))
+
+    def update(self, vectors: npt.NDArray[Any]) -> None:
+        """Takes in (B, D) vectors."""
+        values = vectors.astype(np.float64)
+        if len(values):
+            part = EmbeddingCovariance(values.shape[1])
+            part.count, part.mean = len(values), values.mean(axis=0)
+            centred = values - part.mean
+            part.scatter = centred.T @ centred
+            self.merge(part)
+
+    def merge(self, other: EmbeddingCovariance) -> None:
+        """Takes in what another one has seen."""
+        count = self.count + other.count
+        if count == 0:
+            return
+        delta = other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / count)
+        self.scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / count)
+        self.count = count
+
+    @property
+    def covariance(self) -> npt.NDArray[np.float64]:
+        """(D, D) of the population."""
+        return self.scatter / max(self.count, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -46,16 +47,25 @@ def sampling_timesteps(num_train_timesteps: int, num_inference_steps: int, spaci
     raise ValueError(f"timestep_spacing must be linspace, leading, trailing or fast27, not {spacing!r}")
 
 
+def explicit_timesteps(num_train_timesteps: int, timesteps: Sequence[int]) -> list[int]:
+    """`timesteps` as they are, where they are a list that a sampler can visit.
+
+    Raises `ValueError` where the list is empty, not strictly descending, or leaves 0..T-1.
+    """
+    if len(timesteps) == 0:
+        raise ValueError("timesteps_list is empty: a sampler needs at least one timestep")
+    inside = timesteps[-1] >= 0 and timesteps[0] < num_train_timesteps
+    if not inside or any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
+        raise ValueError(
+            f"timesteps_list must be strictly descending and in 0..{num_train_timesteps - 1}, not {list(timesteps)}"
+        )
+    return list(timesteps)
+
+
 def step_pairs(timesteps: Sequence[int], num_train_timesteps: int) -> list[tuple[int, int]]:
     """The (timestep, previous timestep) of each step of a run through `timesteps`; the last one goes to -1 (clean).
 
-    Raises `ValueError` where `timesteps` is empty, not strictly descending, or leaves 0..T-1.
+    Raises `ValueError` where `timesteps` is no list of `explicit_timesteps`.
     """
-    if len(timesteps) == 0:
-        raise ValueError("timesteps is empty: a sampler needs at least one")
-    pairs = list(zip(timesteps, [*timesteps[1:], -1], strict=True))
-    if timesteps[0] >= num_train_timesteps or any(previous >= now for now, previous in pairs):
-        raise ValueError(
-            f"timesteps must be strictly descending and in 0..{num_train_timesteps - 1}, not {list(timesteps)}"
-        )
-    return pairs
+    timesteps = explicit_timesteps(num_train_timesteps, timesteps)
+    return list(zip(timesteps, [*timesteps[1:], -1], strict=True))

@@ -16,7 +16,6 @@ from unclip.config.base import ConfigError
 from unclip.generation.outputs import captioned_grid, read_png, read_png_metadata, write_grid, write_png
 from unclip.generation.requests import GenerateConfig, Request, check_lengths, plan
 from unclip.pipelines.bundle import Bundle
-from unclip.pipelines.stages import DecoderStageConfig, PriorStageConfig
 from unclip.pipelines.text_to_image import Cascade, Pipeline, plan_cascade
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
@@ -43,7 +42,7 @@ class GenerationJob:
         device = _device(config.device)
         bundle = Bundle.load(config.bundle)
         cascade = plan_cascade(bundle.configs, config.options)
-        check_lengths(config, requests, context_length=_context_length(bundle))
+        check_lengths(config, requests, context_length=cascade.context_length)
         storage.check_writable(config.out)
         return cls(config=config, bundle=bundle, cascade=cascade, requests=requests, device=device)
 
@@ -101,9 +100,8 @@ class GenerationJob:
 
     @cached_property
     def _origin(self) -> dict[str, str]:
-        """What every picture of the job has in common: hash of the bundle and the sampling settings."""
-        sampling = {name: config.to_dict() for name, config in self.cascade.sampling.items()}
-        settings = {"precision": self.config.precision, "sampling": sampling}
+        """What every picture of the job has in common: hash of the bundle and the settings."""
+        settings = {"precision": self.config.precision, **self.cascade.settings}
         return {"bundle": self.bundle.digest, "settings": json.dumps(settings, sort_keys=True)}
 
 
@@ -119,14 +117,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def _context_length(bundle: Bundle) -> int:
-    """Tokens of the longest prompt that no stage would cut."""
-    prior, decoder = bundle.configs["prior"], bundle.configs["decoder"]
-    assert isinstance(prior, PriorStageConfig)
-    assert isinstance(decoder, DecoderStageConfig)
-    return min(prior.model.context_length, decoder.model.text.context_length)
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

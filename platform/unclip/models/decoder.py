@@ -1,8 +1,13 @@
-"""The decoder: CLIP image embedding and caption -> picture of 64 pixels (unCLIP, section 2.1; GLIDE, section 4.1)."""
+"""The decoder: CLIP image embedding, caption or class -> picture of 64 pixels.
+
+Which of them a decoder is told makes it unCLIP's (section 2.1: image embedding and caption), GLIDE's (section 4.1:
+caption alone) or ADM's class-conditional one (section 4).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,28 +16,81 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.config.base import Config
-from unclip.models.condition import Condition
+from unclip.models.condition import Condition, PreparedCondition
+from unclip.models.conditioners import (
+    CaptionCondition,
+    CaptionConditioner,
+    ImageCondition,
+    ImageConditioner,
+    LabelCondition,
+    LabelConditioner,
+    TextStatesCondition,
+    TextStatesConditioner,
+    TextStatesConfig,
+    Told,
+)
 from unclip.models.text import TextTransformerConfig
-from unclip.models.unet import UNetConfig
+from unclip.models.unet import UNetCondition, UNetConfig
+
+_STEM = "unet.stem.weight"
 
 
 class DecoderConfig(Config):
-    """Shape of a decoder."""
+    """Shape of a decoder; the inputs that are null it does not have."""
 
     unet: UNetConfig
     """the picture's network"""
-    text: TextTransformerConfig
+    text: TextTransformerConfig | None = None
     """the caption's network, trained together with it"""
-    embed_dim: int = Field(ge=1)
+    text_states: TextStatesConfig | None = None
+    """captions as the text states of a frozen CLIP, in place of a network of their own"""
+    embed_dim: int | None = Field(default=None, ge=1)
     """width D of the CLIP image embedding"""
     num_image_tokens: int = Field(default=4, ge=1)
     """tokens made of the image embedding for the attention's context"""
+    num_classes: int | None = Field(default=None, ge=1)
+    """number of classes; 1 makes an unconditional decoder"""
+    inpainting: bool = False
+    """True: the decoder also sees the known part of the picture, as 4 further input channels (GLIDE, section 4.3)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.unet.attention_resolutions:
-            raise ValueError("unet.attention_resolutions = (): the decoder sees its caption through attention only")
+        if self.text is not None and self.text_states is not None:
+            raise ValueError("text and text_states exclude each other: set one of them to null")
+        if self.context_dim is None and self.num_classes is None:
+            raise ValueError("a decoder needs at least one input: text, text_states, embed_dim or num_classes")
+        if self.context_dim is not None and not self.unet.attention_resolutions:
+            raise ValueError(
+                "unet.attention_resolutions = (): the decoder sees caption and image embedding through attention"
+            )
         return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what a sample must come with."""
+        wanted = {
+            "image_embed": self.embed_dim is not None,
+            "tokens": self.context_length is not None,
+            "text_states": self.text_states is not None,
+            "label": self.num_classes is not None,
+            "known": self.inpainting,
+            "known_mask": self.inpainting,
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a caption; None where it sees none."""
+        text = self.text or self.text_states
+        return None if text is None else text.context_length
+
+    @property
+    def context_dim(self) -> int | None:
+        """Width of the context of the U-Net's attention; None without a context."""
+        text = self.text or self.text_states
+        if text is not None:
+            return text.width
+        return None if self.embed_dim is None else self.unet.embedding_dim
 
     def build(self) -> DecoderModel:
         """The model with random weights."""
@@ -41,59 +99,136 @@ class DecoderConfig(Config):
 
 @dataclass(frozen=True)
 class DecoderCondition(Condition):
-    """What the decoder is told.
+    """What a decoder is told: exactly the parts that its configuration names.
 
-    image_embed: (B, D) CLIP image embedding, normalised as the stage's normaliser does it.
-    tokens: (B, L) integers.
-    text_mask: (B, L) bool, True = real token.
-    image_dropped: (B,) bool, True = a learned vector stands in place of the image embedding.
-    text_dropped: (B,) bool, True = the empty caption (all padding) stands in place of the caption.
+    known: (B, 3, H, W) in [-1, 1] and known_mask: (B, 1, H, W) float, 1 = this pixel is known, for inpainting. They are
+    no condition to be guided by: `unconditional` leaves them as they are, as GLIDE does.
     """
 
-    image_embed: torch.Tensor
-    tokens: torch.Tensor
-    text_mask: torch.Tensor
-    image_dropped: torch.Tensor
-    text_dropped: torch.Tensor
+    image: ImageCondition | None = None
+    text: CaptionCondition | TextStatesCondition | None = None
+    label: LabelCondition | None = None
+    known: torch.Tensor | None = None
+    known_mask: torch.Tensor | None = None
+
+    def parts(self) -> dict[str, ImageCondition | CaptionCondition | TextStatesCondition | LabelCondition]:
+        """The parts that guidance drops, by name."""
+        parts = {"image": self.image, "text": self.text, "label": self.label}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def unconditional(self) -> DecoderCondition:
-        return dataclasses.replace(
-            self, image_dropped=torch.ones_like(self.image_dropped), text_dropped=torch.ones_like(self.text_dropped)
-        )
+        changes = {name: part.unconditional() for name, part in self.parts().items()}
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]  # each in the place that it came from
+
+
+@dataclass(frozen=True)
+class PreparedDecoderCondition(PreparedCondition):
+    """A `DecoderCondition` after `DecoderModel.prepare`; known: (B, 4, H, W), known pixels and their mask."""
+
+    unet: UNetCondition
+    known: torch.Tensor | None
 
 
 class DecoderModel(nn.Module):
-    """A U-Net that is given the image embedding twice and the caption twice.
+    """A U-Net that is told, by one conditioner for each input, what to draw.
 
-    The image embedding is projected and added to the time embedding, and projected to `num_image_tokens` tokens before
-    the caption's states in the context of every attention. The caption's last state is projected and added to the
-    time embedding, all its states are context.
+    Their embeddings are added to the time embedding, their tokens are the context of every attention: those of the
+    image embedding first, then the caption's.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        width, embedding_dim = config.text.width, config.unet.embedding_dim
-        self.text = config.text.build()
-        self.unet = config.unet.build(context_dim=width)
-        self.text_to_time = nn.Linear(width, embedding_dim)
-        self.image_to_time = nn.Linear(config.embed_dim, embedding_dim)
-        self.image_to_tokens = nn.Linear(config.embed_dim, config.num_image_tokens * width)
-        self.null_image_embed = nn.Parameter(torch.zeros(config.embed_dim))
+        self.unet = config.unet.build(context_dim=config.context_dim)
+        self.conditioners = nn.ModuleDict(_conditioners(config))
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: DecoderCondition) -> torch.Tensor:
+    def prepare(self, cond: DecoderCondition) -> PreparedDecoderCondition:
+        """All of `cond` that does not change between steps: text states, keys and values, embedding.
+
+        Raises `ValueError` where `cond` does not have exactly the parts of the configuration.
+        """
+        self._check(cond)
+        parts = cond.parts()
+        told: list[Told] = [conditioner(parts[name]) for name, conditioner in self.conditioners.items()]
+        context, mask = _join(told)
+        unet = self.unet.prepare(torch.stack([part.embedding for part in told]).sum(dim=0), context, mask)
+        if cond.known is None or cond.known_mask is None:
+            return PreparedDecoderCondition(unet, None)
+        return PreparedDecoderCondition(unet, torch.cat([cond.known * cond.known_mask, cond.known_mask], dim=1))
+
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: DecoderCondition | PreparedDecoderCondition
+    ) -> torch.Tensor:
         """The model output (B, unet.out_channels, H, W), float32.
 
         Args:
-            x_t: (B, unet.in_channels, H, W), the noised picture.
+            x_t: (B, 3, H, W), the noised picture.
             timesteps: (B,), 0 = least noise.
-            cond: see `DecoderCondition`.
+            cond: see `DecoderCondition`; prepared or not, the output is the same.
         """
-        encodings, pooled = self.text(cond.tokens, cond.text_mask & ~cond.text_dropped[:, None])
-        dtype = self.null_image_embed.dtype
-        image_embed = torch.where(cond.image_dropped[:, None], self.null_image_embed, cond.image_embed.to(dtype))
-        image_tokens = self.image_to_tokens(image_embed).unflatten(1, (self.config.num_image_tokens, -1))
-        embedding = self.text_to_time(pooled) + self.image_to_time(image_embed)
-        context = torch.cat([image_tokens, encodings], dim=1)
-        result: torch.Tensor = self.unet(x_t, timesteps, embedding=embedding, context=context)
+        prepared = self.prepare(cond) if isinstance(cond, DecoderCondition) else cond
+        x = x_t if prepared.known is None else torch.cat([x_t, prepared.known.to(x_t.dtype)], dim=1)
+        result: torch.Tensor = self.unet(x, timesteps, prepared.unet)
         return result
+
+    def _check(self, cond: DecoderCondition) -> None:
+        missing = self.conditioners.keys() ^ cond.parts().keys()
+        if missing:
+            raise ValueError(
+                f"the condition has {', '.join(cond.parts()) or 'nothing'}; this decoder wants exactly "
+                f"{', '.join(self.conditioners)}"
+            )
+        for name, part in (("known", cond.known), ("known_mask", cond.known_mask)):
+            if (part is not None) != self.config.inpainting:
+                raise ValueError(
+                    f"{name} is {'missing' if part is None else 'given'}, but inpainting = {self.config.inpainting}"
+                )
+
+
+def _conditioners(config: DecoderConfig) -> dict[str, nn.Module]:
+    """A module for each input, by the name of its part in a condition."""
+    width = config.unet.embedding_dim
+    found: dict[str, nn.Module] = {}
+    if config.embed_dim is not None and config.context_dim is not None:
+        found["image"] = ImageConditioner(
+            config.embed_dim,
+            num_tokens=config.num_image_tokens,
+            context_dim=config.context_dim,
+            embedding_dim=width,
+        )
+    if config.text is not None:
+        found["text"] = CaptionConditioner(config.text, embedding_dim=width)
+    if config.text_states is not None:
+        found["text"] = TextStatesConditioner(config.text_states, embedding_dim=width)
+    if config.num_classes is not None:
+        found["label"] = LabelConditioner(config.num_classes, embedding_dim=width)
+    return found
+
+
+def _join(told: list[Told]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """One context of all tokens, and its mask where any part has one."""
+    with_context = [(part.context, part.context_mask) for part in told if part.context is not None]
+    if not with_context:
+        return None, None
+    context = torch.cat([tokens for tokens, _ in with_context], dim=1)
+    if all(mask is None for _, mask in with_context):
+        return context, None
+    masks = [
+        tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in with_context
+    ]
+    return context, torch.cat(masks, dim=1)
+
+
+def with_inpainting_channels(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a decoder without inpainting for the same one with it.
+
+    The first convolution gets columns of zeros for the 4 further channels, so the outputs are what they were before
+    (GLIDE, section 4.3).
+
+    Raises `ValueError` where the weights are not those of a decoder.
+    """
+    if _STEM not in state_dict:
+        raise ValueError(f"no decoder's weights: they have no {_STEM!r}")
+    stem = state_dict[_STEM]
+    added = stem.new_zeros(stem.shape[0], stem.shape[1] // 3 * 4, *stem.shape[2:])
+    return {**state_dict, _STEM: torch.cat([stem, added], dim=1)}

@@ -7,7 +7,9 @@ softmax kernels accumulate in float32 either way, which is what GLIDE's and ADM'
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
+
+Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""extend(key, value) -> the keys and values that a block's queries look at."""
 
 
 def timestep_embedding(timesteps: torch.Tensor, width: int) -> torch.Tensor:
@@ -92,6 +97,69 @@ def run_block(block: nn.Module, *inputs: torch.Tensor | None, recompute: bool) -
     return output
 
 
+def causal_mask(visible: torch.Tensor, queries: int) -> torch.Tensor:
+    """(B, S) bool, what may be seen at all -> (B, 1, queries, S): what each of the last `queries` positions may see.
+
+    That is itself and whatever is visible before it; a hidden position too sees itself, as a query that may look nowhere
+    would be NaN.
+    """
+    positions = torch.arange(visible.shape[1], device=visible.device)
+    mine = positions[visible.shape[1] - queries :, None]
+    return (visible[:, None, None, :] & (positions < mine)) | (positions == mine)
+
+
+class Earlier(Protocol):
+    """Keys and values of the positions before those that a causal transformer is given."""
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, S, D) of block `layer` at every position so far, those of the new ones at the end."""
+        ...
+
+
+class Prefix:
+    """A start of the sequence that stays: what comes behind it is never added, so it serves any number of steps.
+
+    Args:
+        keys_values: (B, depth, 2, H, S, D), as `KeyValueCache` collects them.
+    """
+
+    def __init__(self, keys_values: torch.Tensor) -> None:
+        self._keys_values = keys_values
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self._keys_values[:, layer]
+        return torch.cat([before[:, 0], key], dim=2), torch.cat([before[:, 1], value], dim=2)
+
+
+class KeyValueCache:
+    """A sequence that grows: remembers the keys and values of every position that passes, up to `capacity` of them.
+
+    Written in place, so for use without gradients only.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._layers: list[torch.Tensor] = []  # (B, 2, H, capacity, D) each
+        self._filled: list[int] = []
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, length, width = key.shape
+        if layer == len(self._layers):
+            self._layers.append(key.new_empty(batch, 2, heads, self.capacity, width))
+            self._filled.append(0)
+        start, stop = self._filled[layer], self._filled[layer] + length
+        if stop > self.capacity:
+            raise ValueError(f"position {stop} of a sequence with room for {self.capacity}")
+        stored = self._layers[layer]
+        stored[:, 0, :, start:stop], stored[:, 1, :, start:stop] = key, value
+        self._filled[layer] = stop
+        return stored[:, 0, :, :stop], stored[:, 1, :, :stop]
+
+    def keys_values(self) -> torch.Tensor:
+        """(B, depth, 2, H, S, D) of the S positions seen so far."""
+        return torch.stack([layer[..., : self._filled[0], :] for layer in self._layers], dim=1)
+
+
 class TransformerBlock(nn.Module):
     """Pre-normalised self-attention and a four times wider GELU network, each added to its input."""
 
@@ -105,9 +173,21 @@ class TransformerBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """x: (B, L, W); attention_mask: bool, broadcast to (B, H, L, L), True = may look; None = all may."""
+    def forward(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, extend: Extend | None = None
+    ) -> torch.Tensor:
+        """The states (B, Q, W) of the last Q positions of `x` (B, L, W); the others are only looked at.
+
+        Args:
+            attention_mask: bool, (B or 1, 1, Q, S), True = may look; None = all may, and Q is L.
+            extend: makes the S positions that are looked at of those of `x`; None = they are those of `x`.
+        """
         query, key, value = split_heads(self.qkv(self.attention_norm(x)), self.heads, 3)
+        if extend is not None:
+            key, value = extend(key, value)
+        if attention_mask is not None:
+            queries = attention_mask.shape[-2]
+            x, query = x[:, -queries:], query[:, :, -queries:]
         attended = attention(query, key, value, attention_mask)
         x = x + self.attention_out(merge_heads(attended))
         result: torch.Tensor = x + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(x))))
@@ -115,7 +195,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a last LayerNorm: (B, L, W) -> (B, L, W).
+    """`depth` blocks and a last LayerNorm: (B, L, W) -> (B, L, W), or fewer states where fewer are asked for.
 
     Weights start as in CLIP (Radford et al. 2021, and its published code): standard deviation W^-1/2, on the paths into
     the residual stream (2 W depth)^-1/2, so that its variance does not grow with depth. GLIDE does not say.
@@ -137,8 +217,30 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        for block in self.blocks:
-            x = run_block(block, x, attention_mask, recompute=self.activation_checkpointing)
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        earlier: Earlier | None = None,
+        outputs: int | None = None,
+    ) -> torch.Tensor:
+        """The states of `x` (B, L, W).
+
+        Args:
+            attention_mask: bool, (B or 1, 1, L, S), True = may look; None = all may.
+            earlier: what `x` follows; None = it is the whole sequence, and S is L.
+            outputs: how many of the last states are wanted, with a mask only; None = all. The last block leaves the
+                others out.
+        """
+        masks = [attention_mask] * len(self.blocks)
+        if outputs is not None:
+            assert attention_mask is not None
+            masks[-1] = attention_mask[..., -outputs:, :]
+        for layer, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
+            if earlier is None:
+                x = run_block(block, x, mask, recompute=self.activation_checkpointing)
+            else:
+                x = block(x, mask, partial(earlier.extend, layer))
         result: torch.Tensor = self.final_norm(x)
         return result

@@ -1,4 +1,8 @@
-"""The diffusion prior: caption -> CLIP image embedding (unCLIP, section 2.2 and Table 3)."""
+"""The diffusion prior: caption -> CLIP image embedding (unCLIP, section 2.2 and Table 3).
+
+What it is told, `PriorCondition`, and how that stands in the sequence, `CaptionPrefix`, are also those of the
+autoregressive prior.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
-from unclip.models.condition import Condition
-from unclip.models.layers import TimestepMLP, Transformer, zero_init
+from unclip.models.condition import Condition, PreparedCondition
+from unclip.models.layers import KeyValueCache, Prefix, TimestepMLP, Transformer, causal_mask, zero_init
 from unclip.models.text import check_caption
 
-_EXTRA_TOKENS = 4  # text embedding, timestep, noised image embedding, final query
+_STEP_TOKENS = 3  # timestep, noised image embedding, final query
 
 
-class PriorConfig(Config):
-    """Shape of a diffusion prior."""
+class PriorTransformerConfig(Config):
+    """Shape of the transformer of either prior."""
 
     embed_dim: int = Field(ge=1)
     """width D of the CLIP embeddings"""
@@ -43,6 +47,19 @@ class PriorConfig(Config):
             raise ValueError(f"heads = {self.heads}: does not divide width = {self.width}")
         return self
 
+    def build_transformer(self) -> Transformer:
+        """The blocks alone, with random weights."""
+        return Transformer(
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
+
+class PriorConfig(PriorTransformerConfig):
+    """Shape of a diffusion prior."""
+
     def build(self) -> PriorModel:
         """The model with random weights."""
         return PriorModel(self)
@@ -50,7 +67,7 @@ class PriorConfig(Config):
 
 @dataclass(frozen=True)
 class PriorCondition(Condition):
-    """What the prior is told.
+    """What a prior is told.
 
     text_embed: (B, D) CLIP text embedding of unit norm.
     tokens: (B, L) integers.
@@ -66,13 +83,70 @@ class PriorCondition(Condition):
     def unconditional(self) -> PriorCondition:
         return dataclasses.replace(self, text_dropped=torch.ones_like(self.text_dropped))
 
+    @property
+    def visible(self) -> torch.Tensor:
+        """(B, L + 1) bool: what later positions may see of caption and text embedding.
+
+        Dropped captions show all L positions, which hold the same learned vector whatever the caption was.
+        """
+        return functional.pad(self.text_mask | self.text_dropped[:, None], (0, 1), value=True)
+
+    def distinct(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows (U,), place (B,)): one row of each that differ in what the prior sees, and which of them each row is like."""
+        kept = ~self.text_dropped[:, None]
+        seen = [self.tokens, self.text_mask, self.text_embed.float().contiguous().view(torch.int32), kept]
+        content = torch.cat([part.long() for part in seen], dim=1) * kept
+        _, place, counts = content.unique(dim=0, return_inverse=True, return_counts=True)
+        rows = torch.zeros_like(counts).scatter_(0, place, torch.arange(len(place), device=place.device))
+        return rows, place
+
+
+@dataclass(frozen=True)
+class PreparedPriorCondition(PreparedCondition):
+    """What `PriorModel.prepare` makes of a `PriorCondition`.
+
+    keys_values: (B, depth, 2, heads, L + 1, width / heads), those of caption and text embedding in every block.
+    visible: (B, L + 1) bool, as in `PriorCondition`.
+    """
+
+    keys_values: torch.Tensor
+    visible: torch.Tensor
+
+
+class CaptionPrefix(nn.Module):
+    """What the sequence of a prior begins with: the caption's L tokens, then the text embedding.
+
+    Dropping the text puts one learned vector at every caption position and one in place of the text embedding, so that
+    what is dropped has no influence at all.
+    """
+
+    def __init__(self, config: PriorTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.text_embed_in = nn.Linear(config.embed_dim, config.width)
+        self.null_token = nn.Parameter(torch.empty(config.width))
+        self.null_text_embed = nn.Parameter(torch.empty(config.width))
+        for vector in (self.token_embedding.weight, self.null_token, self.null_text_embed):
+            nn.init.normal_(vector, std=0.02)
+
+    def forward(self, cond: PriorCondition) -> torch.Tensor:
+        """(B, L + 1, width), without positions."""
+        check_caption(cond.tokens, cond.text_mask, self.config.context_length)
+        dropped = cond.text_dropped[:, None]
+        tokens = torch.where(dropped[..., None], self.null_token, self.token_embedding(cond.tokens.long()))
+        # A unit vector times sqrt(D) has components of size 1, as linear layers expect.
+        scaled = cond.text_embed.float() * self.config.embed_dim**0.5
+        text_embed = self.text_embed_in(scaled.to(self.text_embed_in.weight.dtype))
+        text_embed = torch.where(dropped, self.null_text_embed, text_embed)
+        return torch.cat([tokens, text_embed[:, None]], dim=1)
+
 
 class PriorModel(nn.Module):
     """A causal transformer over [caption tokens, text embedding, timestep, noised image embedding, query].
 
-    The output at the query predicts the clean image embedding. Padding is hidden from every other position. Dropping
-    the text puts one learned vector at every caption position and one in place of the text embedding, so that what is
-    dropped has no influence at all; the noised embedding is never dropped.
+    The output at the query predicts the clean image embedding. Padding is hidden from every other position. The noised
+    embedding is never dropped.
     """
 
     no_decay = ("positional_embedding",)
@@ -80,57 +154,54 @@ class PriorModel(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
-        width, length = config.width, config.context_length + _EXTRA_TOKENS
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        width, length = config.width, config.context_length + 1 + _STEP_TOKENS
+        self.prefix = CaptionPrefix(config)
         self.positional_embedding = nn.Parameter(torch.empty(length, width))
-        self.text_embed_in = nn.Linear(config.embed_dim, width)
         self.time_embed = TimestepMLP(width, width)
         self.image_embed_in = nn.Linear(config.embed_dim, width)
         self.query = nn.Parameter(torch.empty(width))
-        self.null_token = nn.Parameter(torch.empty(width))
-        self.null_text_embed = nn.Parameter(torch.empty(width))
-        self.transformer = Transformer(
-            width=width,
-            depth=config.depth,
-            heads=config.heads,
-            activation_checkpointing=config.activation_checkpointing,
-        )
+        self.transformer = config.build_transformer()
         self.image_embed_out = zero_init(nn.Linear(width, config.embed_dim))
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for vector in (self.token_embedding.weight, self.query, self.null_token, self.null_text_embed):
-            nn.init.normal_(vector, std=0.02)
+        nn.init.normal_(self.query, std=0.02)
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: PriorCondition) -> torch.Tensor:
+    @torch.no_grad()
+    def prepare(self, cond: PriorCondition) -> PreparedPriorCondition:
+        """What no step changes: attention is causal and the caption comes first, so its keys and values do not.
+
+        With a prepared condition the forward pass runs the three last positions only, and gives the same numbers. Rows
+        that are told the same, such as all without text, are computed once.
+        """
+        first, place = cond.distinct()
+        told = cond.select(first)
+        cache = KeyValueCache(self.config.context_length + 1)
+        prefix = self._positioned(self.prefix(told), start=0)
+        self.transformer(prefix, causal_mask(told.visible, prefix.shape[1]), earlier=cache, outputs=1)
+        return PreparedPriorCondition(keys_values=cache.keys_values(), visible=told.visible).select(place)
+
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: PriorCondition | PreparedPriorCondition
+    ) -> torch.Tensor:
         """The predicted clean embedding (B, D), float32.
 
         Args:
             x_t: (B, D), the noised, normalised image embedding.
             timesteps: (B,), 0 = least noise.
-            cond: see `PriorCondition`.
+            cond: see `PriorCondition`; as it is, or prepared.
         """
-        check_caption(cond.tokens, cond.text_mask, self.config.context_length)
         dtype = self.image_embed_in.weight.dtype
-        dropped = cond.text_dropped[:, None]
-        tokens = torch.where(dropped[..., None], self.null_token, self.token_embedding(cond.tokens.long()))
-        # A unit vector times sqrt(D) has components of size 1, as linear layers expect.
-        text_embed = self.text_embed_in((cond.text_embed.float() * self.config.embed_dim**0.5).to(dtype))
-        text_embed = torch.where(dropped, self.null_text_embed, text_embed)
         time = self.time_embed(timesteps, dtype)
         image_embed = self.image_embed_in(x_t.to(dtype))
-        extra = torch.stack([text_embed, time, image_embed, self.query.expand_as(time)], dim=1)
-        sequence = torch.cat([tokens, extra], dim=1) + self.positional_embedding
-        states = self.transformer(sequence, _attention_mask(cond.text_mask | dropped))
-        result: torch.Tensor = self.image_embed_out(states[:, -1])
+        sequence = torch.stack([time, image_embed, self.query.expand_as(time)], dim=1)
+        earlier = Prefix(cond.keys_values) if isinstance(cond, PreparedPriorCondition) else None
+        if isinstance(cond, PriorCondition):
+            sequence = torch.cat([self.prefix(cond), sequence], dim=1)
+        length = sequence.shape[1]
+        sequence = self._positioned(sequence, start=len(self.positional_embedding) - length)
+        visible = functional.pad(cond.visible, (0, _STEP_TOKENS), value=True)
+        states = self.transformer(sequence, causal_mask(visible, length), earlier=earlier, outputs=1)
+        result: torch.Tensor = self.image_embed_out(states[:, 0])
         return result.float()
 
-
-def _attention_mask(text_mask: torch.Tensor) -> torch.Tensor:
-    """(B, L) -> (B, 1, S, S) bool with S = L + 4: causal, padding hidden.
-
-    Padding still sees itself: a query that may look nowhere would be NaN.
-    """
-    visible = functional.pad(text_mask, (0, _EXTRA_TOKENS), value=True)
-    length = visible.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=visible.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=visible.device)
-    return (causal & visible[:, None, None, :]) | itself
+    def _positioned(self, sequence: torch.Tensor, start: int) -> torch.Tensor:
+        return sequence + self.positional_embedding[start : start + sequence.shape[1]]

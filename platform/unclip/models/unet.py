@@ -6,7 +6,8 @@ of the context. The net is fully convolutional where `attention_resolutions` is 
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
+from unclip.models.condition import PreparedCondition
 from unclip.models.layers import TimestepMLP, attention, group_norm, merge_heads, run_block, split_heads, zero_init
 
 
@@ -89,6 +91,28 @@ class UNetConfig(Config):
         return UNet(self, context_dim)
 
 
+class AdaptiveGroupNorm(nn.GroupNorm):
+    """GN(x) * (1 + scale) + shift (ADM, section 3), in one pass over x.
+
+    All samples' channels are normalised side by side, as those of one sample with B times the groups: so each sample has
+    gains and biases of its own, and what comes out of the normalisation is neither written nor kept for the gradient.
+    """
+
+    def __init__(self, channels: int) -> None:
+        plain = group_norm(channels)
+        super().__init__(plain.num_groups, channels, eps=plain.eps)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x: (B, C, H, W); scale, shift: (B, C)."""
+        gain = 1 + scale
+        if x.is_cpu and not x.is_contiguous():  # channels last: laying them side by side would take a copy
+            return torch.addcmul(shift[:, :, None, None], super().forward(x), gain[:, :, None, None])
+        weight, bias = (self.weight * gain).flatten(), torch.addcmul(shift, self.bias, gain).flatten()
+        side_by_side = x.reshape(1, -1, *x.shape[2:])
+        groups = x.shape[0] * self.num_groups
+        return functional.group_norm(side_by_side, groups, weight, bias, self.eps).view(x.shape)
+
+
 class ResidualBlock(nn.Module):
     """GN, SiLU, 3x3; time embedding; GN, SiLU, dropout, 3x3 (zero at first), added to the input.
 
@@ -100,11 +124,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.scale_shift_norm = config.scale_shift_norm
         self.norm_in = group_norm(in_channels)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(config.embedding_dim, out_channels * (2 if config.scale_shift_norm else 1))
-        self.norm_out = group_norm(out_channels)
+        self.norm_out = AdaptiveGroupNorm(out_channels) if config.scale_shift_norm else group_norm(out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_out = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -113,12 +136,11 @@ class ResidualBlock(nn.Module):
         """x: (B, C, H, W); embedding: (B, E), SiLU already applied."""
         h = self._resampled(functional.silu(self.norm_in(x)))
         h = self.conv_in(h)
-        time = self.embedding(embedding)[:, :, None, None]
-        if self.scale_shift_norm:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        time = self.embedding(embedding)
+        if isinstance(self.norm_out, AdaptiveGroupNorm):
+            h = self.norm_out(h, *time.chunk(2, dim=1))
         else:
-            h = self.norm_out(h + time)
+            h = self.norm_out(h + time[:, :, None, None])
         h = self.conv_out(self.dropout(functional.silu(h)))
         result: torch.Tensor = self.skip(self._resampled(x)) + h
         return result
@@ -127,6 +149,24 @@ class ResidualBlock(nn.Module):
         if self.resample == "down":
             return functional.avg_pool2d(x, 2)
         return functional.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+
+@dataclass(frozen=True)
+class UNetCondition(PreparedCondition):
+    """What a U-Net is told besides x_t and the timesteps, as `UNet.prepare` makes it; without fields: nothing.
+
+    embedding: (B, E), added to the time embedding.
+    context: for each layer of the net, in its order, the context's keys and values in the layer's attention,
+        (B, heads, L, 2 * head_channels), None where it has none; empty without a context.
+    context_mask: (B, L) bool, True where the context may be looked at; None = everywhere.
+    """
+
+    embedding: torch.Tensor | None = None
+    context: tuple[torch.Tensor | None, ...] = ()
+    context_mask: torch.Tensor | None = None
+
+
+_NOTHING = UNetCondition()
 
 
 class SpatialAttention(nn.Module):
@@ -140,12 +180,17 @@ class SpatialAttention(nn.Module):
         self.context_kv = None if context_dim is None else nn.Linear(context_dim, 2 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
+    def keys_values(self, context: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) context -> (B, heads, L, 2 * head_channels): its keys and values side by side."""
+        assert self.context_kv is not None
+        return split_heads(self.context_kv(context), self.heads, 1)[0]
+
     def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """x: (B, C, H, W); context: (B, L, D); mask: (B, L) bool, True where the context may be looked at."""
+        """x: (B, C, H, W); context: from `keys_values`; mask: (B, L) bool, True where the context may be looked at."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = split_heads(self.qkv(tokens), self.heads, 3)
-        if self.context_kv is not None:
-            context_key, context_value = split_heads(self.context_kv(context), self.heads, 2)
+        if context is not None:
+            context_key, context_value = context.chunk(2, dim=-1)
             key, value = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
         if mask is not None:
             mask = functional.pad(mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
@@ -194,56 +239,77 @@ class UNet(nn.Module):
         self.head_norm = group_norm(widths[0])
         self.head = zero_init(nn.Conv2d(widths[0], config.out_channels * patch_pixels, 3, padding=1))
 
-    def forward(
+    def prepare(
         self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
         embedding: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The model output (B, out_channels, H, W), float32.
+    ) -> UNetCondition:
+        """What `forward` is told, with all that does not depend on x_t and the timesteps computed.
 
         Args:
-            x: (B, in_channels, H, W); H and W are multiples of `config.stride`.
-            timesteps: (B,), 0 = least noise.
             embedding: (B, E), added to the time embedding.
             context: (B, L, context_dim), further keys and values for every attention.
             context_mask: (B, L) bool, True where the context may be looked at; None = everywhere.
 
         Raises:
-            ValueError: where a picture cannot be halved often enough, or context and `context_dim` do not go together.
+            ValueError: where context and `context_dim` do not go together.
         """
-        self._check(x, context)
-        dtype = self.stem.weight.dtype
-        time = self.time_embed(timesteps, dtype)
-        time = functional.silu(time if embedding is None else time + embedding.to(dtype))
-        context = None if context is None else context.to(dtype)
-        h = functional.pixel_unshuffle(x.to(dtype), self.config.patch_size)
-        # Tensor cores want channels last; on CPUs, training is a third faster with channels first.
-        layout = torch.channels_last if h.is_cuda else torch.contiguous_format
-        h = self.stem(h.contiguous(memory_format=layout))
-        skips = [h]
-        for layer in self.down:
-            h = self._run(layer, h, time, context, context_mask)
-            skips.append(h)
-        for layer in self.middle:
-            h = self._run(layer, h, time, context, context_mask)
-        for layer in self.up:
-            h = self._run(layer, torch.cat([h, skips.pop()], dim=1), time, context, context_mask)
-        h = functional.pixel_shuffle(self.head(functional.silu(self.head_norm(h))), self.config.patch_size)
-        return h.to(torch.float32, memory_format=torch.contiguous_format)
-
-    def _run(self, layer: nn.Module, h: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
-        return run_block(layer, h, *conditions, recompute=self.config.activation_checkpointing)
-
-    def _check(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
-        height, width = x.shape[-2:]
-        if height % self.config.stride or width % self.config.stride:
-            raise ValueError(f"picture of {height} x {width} pixels: both must be multiples of {self.config.stride}")
         if (context is None) != (self.context_dim is None):
             raise ValueError(
                 f"context is {'missing' if context is None else 'given'}, but context_dim = {self.context_dim}"
+            )
+        dtype = self.stem.weight.dtype
+        keys_values: list[torch.Tensor | None] = []
+        if context is not None:
+            context = context.to(dtype)
+            attentions = [layer.attention for layer in self._layers()]
+            keys_values = [None if attention is None else attention.keys_values(context) for attention in attentions]
+        return UNetCondition(None if embedding is None else embedding.to(dtype), tuple(keys_values), context_mask)
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, cond: UNetCondition = _NOTHING) -> torch.Tensor:
+        """The model output (B, out_channels, H, W), float32.
+
+        Args:
+            x: (B, in_channels, H, W); H and W are multiples of `config.stride`.
+            timesteps: (B,), 0 = least noise.
+            cond: see `prepare`.
+
+        Raises:
+            ValueError: where a picture cannot be halved often enough, or context and `context_dim` do not go together.
+        """
+        self._check(x, cond)
+        dtype = self.stem.weight.dtype
+        time = self.time_embed(timesteps, dtype)
+        time = functional.silu(time if cond.embedding is None else time + cond.embedding)
+        h = functional.pixel_unshuffle(x.to(dtype), self.config.patch_size)
+        # Tensor cores want channels last; on CPUs, training is a third faster with channels first.
+        layout = torch.channels_last if h.is_cuda else torch.contiguous_format
+        h = self._run_layers(self.stem(h.contiguous(memory_format=layout)), time, cond)
+        h = functional.pixel_shuffle(self.head(functional.silu(self.head_norm(h))), self.config.patch_size)
+        return h.to(torch.float32, memory_format=torch.contiguous_format)
+
+    def _run_layers(self, h: torch.Tensor, time: torch.Tensor, cond: UNetCondition) -> torch.Tensor:
+        layers, skips = self._layers(), [h]
+        recompute, mask = self.config.activation_checkpointing, cond.context_mask
+        for index, (layer, context) in enumerate(zip(layers, cond.context or (None,) * len(layers), strict=True)):
+            if index >= len(layers) - len(self.up):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = run_block(layer, h, time, context, mask, recompute=recompute)
+            if index < len(self.down):
+                skips.append(h)
+        return h
+
+    def _layers(self) -> list[UNetLayer]:
+        return cast("list[UNetLayer]", [*self.down, *self.middle, *self.up])
+
+    def _check(self, x: torch.Tensor, cond: UNetCondition) -> None:
+        height, width = x.shape[-2:]
+        if height % self.config.stride or width % self.config.stride:
+            raise ValueError(f"picture of {height} x {width} pixels: both must be multiples of {self.config.stride}")
+        if bool(cond.context) != (self.context_dim is not None):
+            raise ValueError(
+                f"context is {'given' if cond.context else 'missing'}, but context_dim = {self.context_dim}"
             )
 
     def _layer(self, in_channels: int, out_channels: int, *, attend: bool = False, upsample: bool = False) -> UNetLayer:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
-from unclip.models.condition import Condition
-from unclip.models.unet import UNetConfig
+from unclip.models.condition import Condition, PreparedCondition
+from unclip.models.layers import TimestepMLP
+from unclip.models.unet import UNetCondition, UNetConfig
 
 _PICTURE_CHANNELS = 3
 
@@ -22,6 +23,9 @@ class UpsamplerConfig(Config):
 
     unet: UNetConfig
     """the network: 6 input channels, which are the noised picture and the upsampled low-resolution one; no attention"""
+    noise_conditioning: bool = False
+    """True: noise is added to the low-resolution picture, and the network is told how much (Ho et al. 2022, "Cascaded
+    diffusion models": conditioning augmentation)"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -43,13 +47,24 @@ class UpsamplerConfig(Config):
 class UpsamplerCondition(Condition):
     """What an upsampler is told.
 
-    low_res: (B, 3, h, w) in [-1, 1], the picture (or crop) at low resolution.
+    low_res: (B, 3, H, W) around [-1, 1], the low-resolution picture (or crop) at the size of x_t, as `upsample_low_res`
+        makes it.
+    noise_level: (B,) int64, the timestep whose noise it has; None without noise conditioning.
     """
 
     low_res: torch.Tensor
+    noise_level: torch.Tensor | None = None
 
     def unconditional(self) -> UpsamplerCondition:
         raise ValueError("upsamplers have no unconditional branch: guidance_scale must be 1.0")
+
+
+@dataclass(frozen=True)
+class PreparedUpsamplerCondition(PreparedCondition):
+    """An `UpsamplerCondition` after `UpsamplerModel.prepare`."""
+
+    low_res: torch.Tensor
+    unet: UNetCondition
 
 
 def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -63,16 +78,34 @@ class UpsamplerModel(nn.Module):
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = config.unet.build()
+        unet = config.unet
+        self.unet = unet.build()
+        self.level_embed = TimestepMLP(unet.channels, unet.embedding_dim) if config.noise_conditioning else None
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: UpsamplerCondition) -> torch.Tensor:
+    def prepare(self, cond: UpsamplerCondition) -> PreparedUpsamplerCondition:
+        """The condition with the noise level embedded; `ValueError` where it has none and needs one, or vice versa."""
+        if (cond.noise_level is None) != (self.level_embed is None):
+            raise ValueError(
+                f"noise_level is {'missing' if cond.noise_level is None else 'given'}, "
+                f"but noise_conditioning = {self.config.noise_conditioning}"
+            )
+        embedding = None
+        if cond.noise_level is not None and self.level_embed is not None:
+            embedding = self.level_embed(cond.noise_level, self.unet.stem.weight.dtype)
+        return PreparedUpsamplerCondition(cond.low_res, self.unet.prepare(embedding))
+
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: UpsamplerCondition | PreparedUpsamplerCondition
+    ) -> torch.Tensor:
         """The model output (B, unet.out_channels, H, W), float32.
 
         Args:
             x_t: (B, 3, H, W), the noised picture.
             timesteps: (B,), 0 = least noise.
-            cond: see `UpsamplerCondition`.
+            cond: see `UpsamplerCondition`; prepared or not, the output is the same.
         """
-        low_res = upsample_low_res(cond.low_res, (x_t.shape[-2], x_t.shape[-1]))
-        result: torch.Tensor = self.unet(torch.cat([x_t.float(), low_res], dim=1), timesteps)
+        if cond.low_res.shape != x_t.shape:
+            raise ValueError(f"low_res has shape {tuple(cond.low_res.shape)}, but x_t {tuple(x_t.shape)}")
+        prepared = self.prepare(cond) if isinstance(cond, UpsamplerCondition) else cond
+        result: torch.Tensor = self.unet(torch.cat([x_t.float(), cond.low_res], dim=1), timesteps, prepared.unet)
         return result

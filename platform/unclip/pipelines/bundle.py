@@ -1,7 +1,9 @@
 """A bundle: what training exports and inference loads.
 
-`BUNDLE/bundle.json` lists the stages with sizes and hashes of their files and the CLIP that they share;
-`BUNDLE/STAGE/` holds `config.json` and `model.safetensors` (EMA weights). Nothing in it is ever unpickled.
+`BUNDLE/STAGE/` holds `config.json`, `model.safetensors` (EMA weights) and `manifest.json`: sizes and hashes of the other
+two, and the CLIP that the stage was trained with. The manifest is written last and deleted first, so a stage without one is
+not there, whatever was killed in between; and as a stage touches nothing outside its folder, stages may be exported at the
+same time. Nothing in a bundle is ever unpickled.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,8 +31,8 @@ from unclip.pipelines.stages import STAGE_NAMES, StageConfig, StageName, stage_c
 from unclip.utils import storage
 from unclip.utils.hashing import sha256_file
 
-SCHEMA_VERSION = 1
-_INDEX, _CONFIG, _WEIGHTS = "bundle.json", "config.json", "model.safetensors"
+SCHEMA_VERSION = 2
+_CONFIG, _WEIGHTS, _MANIFEST = "config.json", "model.safetensors", "manifest.json"
 
 
 class BundleError(ValueError):
@@ -55,11 +57,13 @@ class StoredFile(Config):
     """Hash of the content."""
 
 
-class StageEntry(Config):
-    """One stage in `bundle.json`."""
+class StageManifest(Config):
+    """The content of `STAGE/manifest.json`."""
 
-    clip_fingerprint: str | None
-    """The CLIP it was trained with, or is; none for the upsamplers, which see no embeddings."""
+    schema_version: Literal[2] = 2
+    """Version of this layout."""
+    clip: ClipReference | None
+    """The CLIP that the stage was trained with, or is; none outside any CLIP's space."""
     config: StoredFile
     """STAGE/config.json."""
     weights: StoredFile
@@ -68,57 +72,44 @@ class StageEntry(Config):
     """Where it came from: run, step, samples seen, versions; for people to read."""
 
 
-class BundleIndex(Config):
-    """The content of `bundle.json`."""
-
-    schema_version: Literal[1] = 1
-    """Version of this layout."""
-    clip: ClipReference | None = None
-    """The CLIP of all stages; none while only upsamplers are there."""
-    stages: dict[StageName, StageEntry] = Field(default_factory=dict)
-    """What is there."""
-
-    @model_validator(mode="after")
-    def _one_clip(self) -> BundleIndex:
-        for name, entry in self.stages.items():
-            expected = self.clip.fingerprint if self.clip else None
-            if entry.clip_fingerprint not in (None, expected):
-                raise ValueError(
-                    f"stage {name!r} belongs to the CLIP with fingerprint {entry.clip_fingerprint}, "
-                    f"the bundle to {expected}"
-                )
-        return self
+Manifests = Mapping[StageName, StageManifest]
+"""The stages that are there, in the order of `STAGE_NAMES`."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose index, configurations and file sizes were found right; weights are read when asked for."""
+    """A bundle whose manifests, configurations and file sizes were found right; weights are read when asked for."""
 
     uri: str
-    index: BundleIndex
+    manifests: Manifests
     configs: Mapping[StageName, StageConfig]
 
     @classmethod
     def load(cls, uri: str) -> Bundle:
         """Reads everything but the weights; `BundleError` names the file where something is not as it should be."""
         uri = storage.absolute(uri)
-        index = _read_index(uri)
-        if index is None:
-            raise BundleError(f"{uri!r} is no bundle: it has no bundle.json")
-        configs = {name: _read_config(uri, name, index.stages[name]) for name in STAGE_NAMES if name in index.stages}
-        for name in configs:
-            _check_weights_size(uri, name, index.stages[name])
-        return cls(uri=uri, index=index, configs=configs)
+        manifests = _read_manifests(uri)
+        if not manifests:
+            raise BundleError(f"{uri!r} is no bundle: none of {', '.join(STAGE_NAMES)} in it has a {_MANIFEST}")
+        for name, manifest in manifests.items():
+            _check_same_clip(uri, manifests, name=name, clip=manifest.clip)
+        configs = {name: _read_config(uri, name, manifest) for name, manifest in manifests.items()}
+        for name, manifest in manifests.items():
+            _check_weights_size(uri, name, manifest)
+        return cls(uri=uri, manifests=manifests, configs=configs)
+
+    @property
+    def clip(self) -> ClipReference | None:
+        """The CLIP of all stages that have one; none while there is no such stage."""
+        references = [manifest.clip for manifest in self.manifests.values() if manifest.clip is not None]
+        return references[0] if references else None
 
     @property
     def digest(self) -> str:
         """Hash of all stages' configurations and weights: the same for the same pictures."""
-        content = {
-            name: [entry.clip_fingerprint, entry.config.sha256, entry.weights.sha256]
-            for name, entry in sorted(self.index.stages.items())
-        }
-        clip = self.index.clip.fingerprint if self.index.clip else None
-        return hashlib.sha256(json.dumps([clip, content]).encode()).hexdigest()
+        content = {name: [entry.config.sha256, entry.weights.sha256] for name, entry in sorted(self.manifests.items())}
+        fingerprint = self.clip.fingerprint if self.clip else None
+        return hashlib.sha256(json.dumps([fingerprint, content]).encode()).hexdigest()
 
     def load_model(self, name: StageName) -> nn.Module:
         """The network of a stage with its weights, on the CPU, in evaluation mode and frozen.
@@ -130,9 +121,8 @@ class Bundle:
             raise BundleError(f"{self.uri!r} has no stage {name!r}; it has {', '.join(self.configs) or 'none'}")
         uri = storage.join(self.uri, name, _WEIGHTS)
         with storage.local_file(uri) as path:
-            found = _describe_file(path)
-            if found != self.index.stages[name].weights:
-                raise BundleError(f"{uri!r} is damaged: its hash is not the one in bundle.json; export the stage again")
+            if _describe_file(path) != self.manifests[name].weights:
+                raise BundleError(f"{uri!r} is damaged: its hash is not the one in {_MANIFEST}; export the stage again")
             try:
                 tensors = load_file(path)
             except SafetensorError as error:
@@ -144,14 +134,14 @@ class Bundle:
 
     def load_clip(self) -> ClipModel:
         """The bundle's CLIP: its own `clip` stage, or the model it names; `BundleError` unless its fingerprint fits."""
-        if self.index.clip is None:
+        if self.clip is None:
             raise BundleError(f"{self.uri!r} names no CLIP: it has neither a prior nor a decoder nor a clip stage")
-        source = storage.join(self.uri, "clip") if "clip" in self.configs else self.index.clip.source
+        source = storage.join(self.uri, "clip") if "clip" in self.configs else self.clip.source
         clip = self.load_model("clip") if "clip" in self.configs else load_clip(source)
         assert isinstance(clip, ClipModel)
-        if clip.fingerprint != self.index.clip.fingerprint:
+        if clip.fingerprint != self.clip.fingerprint:
             raise BundleError(
-                f"{self.uri!r} was trained with the CLIP of fingerprint {self.index.clip.fingerprint}, "
+                f"{self.uri!r} was trained with the CLIP of fingerprint {self.clip.fingerprint}, "
                 f"but {source!r} has {clip.fingerprint}"
             )
         return clip
@@ -171,71 +161,80 @@ def save_stage(
         bundle_uri: folder or object-store prefix.
         stage_config: the stage; its `kind` is its name in the bundle.
         tensors: exactly the state dictionary of `stage_config.build()`, with EMA weights.
-        clip: the CLIP that the stage was trained with (or that it is, for the clip stage); none for upsamplers.
+        clip: the CLIP that the stage was trained with (or that it is, for the clip stage); None unless `in_clip_space`.
         provenance: plain JSON values that say where the weights come from.
 
     Raises `BundleError` where the tensors do not fit the configuration, or other stages belong to another CLIP.
     """
     bundle_uri, name = storage.absolute(bundle_uri), stage_config.kind
-    if (clip is None) != name.startswith("upsampler"):
-        raise BundleError(f"stage {name!r}: clip = {clip!r}; upsamplers have none, every other stage needs one")
-    before = _read_index(bundle_uri) or BundleIndex()
-    _check_same_clip(bundle_uri, before, name=name, clip=clip)
+    if (clip is not None) != stage_config.in_clip_space:
+        needed = "needs the CLIP that it was trained with" if stage_config.in_clip_space else "sees nothing of a CLIP"
+        raise BundleError(f"stage {name!r}: clip = {clip!r}; this stage {needed}")
+    check_clip(bundle_uri, name, clip)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in dict(tensors).items()}
     with torch.device("meta"):
         _check_tensors(storage.join(bundle_uri, name), stage_config.build(), state)
     with _stage_folder(storage.join(bundle_uri, name)) as folder:
         (folder / _CONFIG).write_text(stage_config.to_json(), encoding="utf-8")
         save_file(state, folder / _WEIGHTS)
-        entry = StageEntry(
-            clip_fingerprint=clip.fingerprint if clip else None,
+        manifest = StageManifest(
+            clip=clip,
             config=_describe_file(folder / _CONFIG),
             weights=_describe_file(folder / _WEIGHTS),
             provenance=dict(provenance),
         )
-    after = BundleIndex(clip=clip or before.clip, stages={**before.stages, name: entry})
-    storage.write_json(storage.join(bundle_uri, _INDEX), after.to_dict())
+        (folder / _MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def check_clip(bundle_uri: str, name: StageName, clip: ClipReference | None) -> None:
     """Raises `BundleError` where `save_stage` would refuse stage `name` for its CLIP: worth knowing before it is trained."""
     uri = storage.absolute(bundle_uri)
-    _check_same_clip(uri, _read_index(uri) or BundleIndex(), name=name, clip=clip)
+    _check_same_clip(uri, _read_manifests(uri), name=name, clip=clip)
 
 
 @contextmanager
 def _stage_folder(uri: str) -> Iterator[Path]:
     """An empty local folder that becomes `uri` when the block ends without an error."""
     if storage.is_local(uri):
-        temporary = Path(f"{uri}.{uuid.uuid4().hex}.tmp")
-        temporary.mkdir(parents=True)
+        mark = uuid.uuid4().hex
+        made, replaced = Path(f"{uri}.{mark}.tmp"), Path(f"{uri}.{mark}.old")
+        made.mkdir(parents=True)
         try:
-            yield temporary
-            storage.remove(uri)
-            temporary.rename(uri)
+            yield made
+            if Path(uri).exists():
+                Path(uri).rename(replaced)  # away in one step: deleting it file by file could be cut short
+            made.rename(uri)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory(prefix="unclip-stage-") as name:
         yield Path(name)
         fs, path = storage.filesystem(uri)
-        for file in sorted(Path(name).iterdir()):
-            fs.put_file(str(file), storage.join(path, file.name))
+        fs.invalidate_cache()  # another process may have written the manifest that has to go first
+        storage.remove(storage.join(uri, _MANIFEST))
+        for file in (_CONFIG, _WEIGHTS, _MANIFEST):
+            fs.put_file(str(Path(name, file)), storage.join(path, file))
 
 
-def _check_same_clip(uri: str, index: BundleIndex, *, name: StageName, clip: ClipReference | None) -> None:
-    for other, entry in index.stages.items():
-        if other == name or clip is None or entry.clip_fingerprint in (None, clip.fingerprint):
+def _check_same_clip(uri: str, manifests: Manifests, *, name: StageName, clip: ClipReference | None) -> None:
+    for other, manifest in manifests.items():
+        theirs = manifest.clip
+        if other == name or clip is None or theirs is None or theirs.fingerprint == clip.fingerprint:
             continue
         raise BundleError(
             f"{uri!r}: stage {name!r} belongs to the CLIP with fingerprint {clip.fingerprint}, but stage {other!r} "
-            f"there to {entry.clip_fingerprint}; their embeddings do not match, so export it to a bundle of its own"
+            f"there to {theirs.fingerprint}; their embeddings do not match, so export it to a bundle of its own"
         )
 
 
-def _read_index(uri: str) -> BundleIndex | None:
-    """The index of the bundle; None where there is none."""
-    path = storage.join(uri, _INDEX)
+def _read_manifests(uri: str) -> dict[StageName, StageManifest]:
+    """The manifest of every stage that is there."""
+    found = {name: _read_manifest(storage.join(uri, name, _MANIFEST)) for name in STAGE_NAMES}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def _read_manifest(path: str) -> StageManifest | None:
     try:
         data = _parse_object(path, storage.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -244,12 +243,12 @@ def _read_index(uri: str) -> BundleIndex | None:
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path!r}: schema_version = {version!r}; this version of unclip reads {SCHEMA_VERSION}")
     try:
-        return BundleIndex.from_dict(data)
+        return StageManifest.from_dict(data)
     except ConfigError as error:
         raise BundleError(f"{path!r}: {error}") from None
 
 
-def _read_config(uri: str, name: StageName, entry: StageEntry) -> StageConfig:
+def _read_config(uri: str, name: StageName, manifest: StageManifest) -> StageConfig:
     path = storage.join(uri, name, _CONFIG)
     try:
         content = storage.read_bytes(path)
@@ -260,16 +259,16 @@ def _read_config(uri: str, name: StageName, entry: StageEntry) -> StageConfig:
         raise BundleError(f"{path!r}: {error}") from None
     if config.kind != name:
         raise BundleError(f"{path!r}: kind = {config.kind!r}, but the folder is that of stage {name!r}")
-    if hashlib.sha256(content).hexdigest() != entry.config.sha256:
-        raise BundleError(f"{path!r} is not the file that was exported: its hash is not the one in {_INDEX}")
+    if hashlib.sha256(content).hexdigest() != manifest.config.sha256:
+        raise BundleError(f"{path!r} is not the file that was exported: its hash is not the one in {_MANIFEST}")
     return config
 
 
-def _check_weights_size(uri: str, name: StageName, entry: StageEntry) -> None:
+def _check_weights_size(uri: str, name: StageName, manifest: StageManifest) -> None:
     path = storage.join(uri, name, _WEIGHTS)
     size = storage.size(path)
-    if size != entry.weights.bytes:
-        found = "is missing" if size is None else f"has {size} bytes instead of {entry.weights.bytes}"
+    if size != manifest.weights.bytes:
+        found = "is missing" if size is None else f"has {size} bytes instead of {manifest.weights.bytes}"
         raise BundleError(f"{path!r} {found}; export the stage again")
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from unclip.pipelines.stages import StageName
-from unclip.recipes import clip, decoder, prior, upsampler_256, upsampler_1024
+from unclip.recipes import ar_prior, classifier, clip, decoder, noised_clip, prior, upsampler_256, upsampler_1024
 from unclip.training.config import TrainConfig
 
 RecipeTable = Mapping[str, Callable[[], TrainConfig]]
 
 RECIPES: Mapping[StageName, RecipeTable] = {
     "clip": clip.RECIPES,
-    "prior": prior.RECIPES,
+    "noised_clip": noised_clip.RECIPES,
+    "classifier": classifier.RECIPES,
+    "prior": {**prior.RECIPES, **ar_prior.RECIPES},
     "decoder": decoder.RECIPES,
     "upsampler_256": upsampler_256.RECIPES,
     "upsampler_1024": upsampler_1024.RECIPES,

@@ -24,10 +24,16 @@ def stage(model: DecoderConfig, sampling: SamplingConfig, **process: str) -> Dec
             "model": model.to_dict(),
             "diffusion": DiffusionConfig(variance_type="learned_range", clip_sample_range=1.0).to_dict() | process,
             "sampling": sampling.to_dict(),
-            "normalizer": paper_scale(model.embed_dim).to_dict(),
             "image_size": model.unet.image_size,
         }
+        | ({} if model.embed_dim is None else {"normalizer": paper_scale(model.embed_dim).to_dict()})
+        | ({} if model.num_classes is None else {"label_column": "label", "classes": _numbers(model.num_classes)})
     )
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    """Classes that the data counts instead of naming them."""
+    return tuple(map(str, range(count)))
 
 
 def debug() -> TrainConfig:
@@ -163,4 +169,69 @@ def paper() -> TrainConfig:
     )
 
 
-RECIPES = {"demo": demo, "debug": debug, "small": small, "paper": paper}
+def glide() -> TrainConfig:
+    """GLIDE's base model (Nichol et al. 2021, section 4): caption alone, batch 2048, 2.5M steps.
+
+    A fifth of the captions are dropped from the start; the paper does that in a fine-tuning of its own (section 4.2),
+    and gives no learning rate: that of unCLIP's decoder, which is this model with z_i. Guidance 3 is what people chose.
+    """
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=512,
+            channel_mult=(1, 2, 3, 4),
+            depth=3,
+            attention_resolutions=(32, 16, 8),
+            dropout=0.1,
+            image_size=64,
+            activation_checkpointing=True,
+        ),
+        text=TextTransformerConfig(context_length=128, width=2048, depth=24, heads=32, activation_checkpointing=True),
+    )
+    sampling = SamplingConfig(sampler="ddpm", num_inference_steps=150, guidance_scale=3.0)
+    return TrainConfig(
+        stage="decoder",
+        recipe="glide",
+        run=shared.run_folder("glide", "decoder"),
+        bundle=shared.bundle("glide"),
+        data=TrainDataConfig(path=""),
+        objective=DecoderObjectiveConfig(stage=stage(model, sampling), text_drop_prob=0.2),
+        optimizer=OptimizerConfig(learning_rate=1.2e-4, ema_decay=0.9999, ema_warmup=False),
+        zero=ZeroConfig(stage=2, precision="bf16"),
+        loop=LoopConfig(max_steps=2_500_000, global_batch_size=2048, microbatch_size=8),
+        resources=ResourcesConfig(num_workers=256, use_gpu="yes", data_cpus=512),
+    )
+
+
+def adm() -> TrainConfig:
+    """ADM's class-conditional ImageNet-64 (Dhariwal and Nichol 2021, Table 11): 296M, batch 2048, 540K steps, rate 3e-4.
+
+    A tenth of the classes are dropped, so that it can be guided without a classifier as well (Ho and Salimans 2022).
+    """
+    model = DecoderConfig(
+        unet=UNetConfig(
+            out_channels=6,
+            channels=192,
+            channel_mult=(1, 2, 3, 4),
+            depth=3,
+            attention_resolutions=(32, 16, 8),
+            dropout=0.1,
+            image_size=64,
+        ),
+        num_classes=1000,
+    )
+    return TrainConfig(
+        stage="decoder",
+        recipe="adm",
+        run=shared.run_folder("adm", "decoder"),
+        bundle=shared.bundle("adm"),
+        data=TrainDataConfig(path=""),
+        objective=DecoderObjectiveConfig(stage=stage(model, SamplingConfig(num_inference_steps=250))),
+        optimizer=OptimizerConfig(learning_rate=3e-4, ema_decay=0.9999, ema_warmup=False),
+        zero=ZeroConfig(stage=1, precision="bf16"),
+        loop=LoopConfig(max_steps=540_000, global_batch_size=2048, microbatch_size=64),
+        resources=ResourcesConfig(num_workers=32, use_gpu="yes", data_cpus=128),
+    )
+
+
+RECIPES = {"demo": demo, "debug": debug, "small": small, "paper": paper, "glide": glide, "adm": adm}

@@ -91,7 +91,8 @@ def small() -> TrainConfig:
 def paper() -> TrainConfig:
     """Table 3: width 2048, depth 24, batch 4096, 600K steps, learning rate 1.1e-4, beta2 0.96, eps 1e-6, decay 6e-2.
 
-    Sampling there uses analytic variance (Bao et al. 2022); until that exists here, the posterior's variance stands in.
+    Sampling there uses analytic variance (Bao et al. 2022), which jobs/fit_analytic_variance.py measures of the trained
+    prior; until then the posterior's stands in.
     The paper gives neither warm-up nor clipping.
     """
     model = PriorConfig(

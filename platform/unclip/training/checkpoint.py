@@ -3,7 +3,8 @@
     CHECKPOINTS/step-00000100/rank-00000-of-00002.safetensors  rank-00001-of-00002.safetensors  manifest.json
 
 Every rank writes its slices of the state by parameter name; the manifest, written last, says which file holds which
-elements, and its size and hash. A folder without a manifest, or with files of another size, is no checkpoint.
+elements, its size and hash. Rank 0 also writes what all ranks have the same: buffers, and the objective's state.
+A folder without a manifest, or with files of another size, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from unclip.utils import storage
 if TYPE_CHECKING:
     from unclip.training.engine import Engine
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 
 
@@ -68,14 +69,18 @@ def folder(checkpoints_uri: str, step: int) -> str:
     return storage.join(checkpoints_uri, f"step-{step:08d}")
 
 
-def save(uri: str, engine: Engine, state: Mapping[str, Any]) -> None:
+def save(
+    uri: str, engine: Engine, state: Mapping[str, Any], *, objective: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Writes the training state of all ranks, and `state` (JSON values, `step` among them), as the folder `uri`.
 
+    `objective` holds named tensors that are the same on all ranks (`Objective.state`).
     Collective: every rank calls it with the same `uri`. The checkpoint counts from when rank 0 returns.
     """
+    objective = objective or {}
     if "step" not in state:
         raise ValueError(f"state must hold 'step', not only {sorted(state)}")
-    entry = _write_shard(uri, engine)
+    entry = _write_shard(uri, engine, objective)
     entries: list[Any] = [None] * engine.world_size
     dist.all_gather_object(entries, entry)
     if engine.rank == 0:
@@ -85,6 +90,7 @@ def save(uri: str, engine: Engine, state: Mapping[str, Any]) -> None:
             "optimizer_steps": engine.steps,
             "parameters": {name: list(shape) for name, shape in zero_state.shapes(engine).items()},
             "buffers": sorted(zero_state.buffers(engine.module)),
+            "objective": {name: list(tensor.shape) for name, tensor in objective.items()},
             "files": entries,
         }
         storage.write_json(storage.join(uri, _MANIFEST), manifest)
@@ -115,10 +121,11 @@ def latest(checkpoints_uri: str) -> Checkpoint | None:
     return found[-1] if found else None
 
 
-def load(checkpoint: Checkpoint, engine: Engine, *, verify: bool = False) -> None:
+def load(checkpoint: Checkpoint, engine: Engine, *, verify: bool = False) -> dict[str, torch.Tensor]:
     """Continues `engine` from `checkpoint`, whatever number of workers and ZeRO stage wrote it. Collective.
 
-    Each rank reads its own slices only. `verify` first checks the hash of every file that the rank reads.
+    Each rank reads its own slices only. `verify` first checks the hash of every file that the rank reads. Returns the
+    `objective` that `save` was given, on the CPU.
     Raises `CheckpointError` where the model has other parameters, or a file is damaged.
     """
     _check_shapes(checkpoint, engine)
@@ -127,6 +134,7 @@ def load(checkpoint: Checkpoint, engine: Engine, *, verify: bool = False) -> Non
         with torch.no_grad():
             for name, buffer in zero_state.buffers(engine.module).items():
                 buffer.copy_(reader.read_buffer(name))
+        return {name: reader.read_objective(name) for name in checkpoint.manifest["objective"]}
 
 
 def collect(checkpoints_uri: str, keep_last: int) -> None:
@@ -181,7 +189,14 @@ class FragmentReader:
 
     def read_buffer(self, name: str) -> torch.Tensor:
         """A persistent buffer in its own shape and type."""
-        tensor = self._open(next(iter(self._entries))).get_tensor(f"buffer/{name}")
+        return self._read_whole(f"buffer/{name}")
+
+    def read_objective(self, name: str) -> torch.Tensor:
+        """A tensor of the objective's state in its own shape and type."""
+        return self._read_whole(f"objective/{name}")
+
+    def _read_whole(self, key: str) -> torch.Tensor:
+        tensor = self._open(next(iter(self._entries))).get_tensor(key)
         assert isinstance(tensor, torch.Tensor)
         return tensor
 
@@ -194,7 +209,7 @@ class FragmentReader:
         return self._files[file]
 
 
-def _write_shard(uri: str, engine: Engine) -> dict[str, Any]:
+def _write_shard(uri: str, engine: Engine, objective: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Writes this rank's file; returns its entry of the manifest."""
     name = f"rank-{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
@@ -205,6 +220,7 @@ def _write_shard(uri: str, engine: Engine) -> dict[str, Any]:
     if engine.rank == 0:
         held = zero_state.buffers(engine.module)
         tensors |= {f"buffer/{name}": tensor.cpu().contiguous() for name, tensor in held.items()}
+        tensors |= {f"objective/{name}": tensor.cpu().contiguous() for name, tensor in objective.items()}
     with storage.local_target(storage.join(uri, name)) as path:
         save_file(tensors, path)
         size, digest = path.stat().st_size, _sha256(path)

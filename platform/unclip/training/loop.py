@@ -68,7 +68,7 @@ class Trainer:
 
     def resume(self, newest: checkpoint.Checkpoint) -> None:
         """Continues from a committed checkpoint of the run, by any number of workers at any ZeRO stage."""
-        checkpoint.load(newest, self.engine)
+        self.objective.load_state(checkpoint.load(newest, self.engine))
         self.clock = Clock(**newest.state)
         self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds
 
@@ -114,11 +114,29 @@ class Trainer:
             rate = learning_rate_at(self.clock.step, self.config.optimizer, self._expected_steps())
             norm = self.engine.step(rate)
         self._check_finite(norm)
+        self._share_observations(batch["position"])
         return sums | {"grad_norm": torch.tensor(norm, device=self.device)}
 
     def _loss(self, micro: dict[str, torch.Tensor]) -> LossOutput:
         generator = SampleGenerator.for_samples(self.config.seed, micro["position"], self.device)
         return self.objective.loss(self.engine.module, micro, generator)
+
+    def _share_observations(self, positions: torch.Tensor) -> None:
+        """What the samples of all workers have shown, for every worker's objective, in the order of the run."""
+        rows = self.objective.observations()
+        if not rows:
+            return
+        rows = {name: self._gather(column) for name, column in rows.items()}
+        order = self._gather(positions).argsort()
+        self.objective.observe({name: column[order] for name, column in rows.items()})
+
+    def _gather(self, column: torch.Tensor) -> torch.Tensor:
+        """(n,) of this worker -> (world x n,) of all, by rank; as long on every worker."""
+        if self.world_size == 1:
+            return column
+        columns = [torch.empty_like(column) for _ in range(self.world_size)]
+        distributed.all_gather(columns, column.contiguous())
+        return torch.cat(columns)
 
     def _check_finite(self, grad_norm: float) -> None:
         self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
@@ -148,7 +166,7 @@ class Trainer:
     def _save(self) -> None:
         with self.timer.phase("checkpoint"):
             uri = checkpoint.folder(self.run.checkpoints_uri, self.clock.step)
-            checkpoint.save(uri, self.engine, asdict(self.clock))
+            checkpoint.save(uri, self.engine, asdict(self.clock), objective=self.objective.state())
             if self.rank == 0:
                 checkpoint.collect(self.run.checkpoints_uri, keep_last=self.config.loop.keep_checkpoints)
         self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds

@@ -7,11 +7,14 @@ from typing import Any
 
 from unclip.config.base import ConfigError
 from unclip.data.batches import BatchSpec
+from unclip.data.labels import check_labels, distinct_labels
 from unclip.data.manifest import DataError, Manifest, scan
 from unclip.data.order import RunOrder
 from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.bundle import ClipReference, check_clip
+from unclip.pipelines.stages.classifier import MAX_CLASSES
 from unclip.training.config import TrainConfig
+from unclip.training.objectives.classifier import ClassifierObjectiveConfig
 from unclip.training.run_folder import RunFolder
 from unclip.utils import storage
 
@@ -34,7 +37,7 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
     for field, value in (("run", config.run), ("data.path", config.data.path)):
         if not value:
             raise ConfigError(f"{field}: required, but not given")
-    config = _with_absolute_paths(config)
+    config = _with_classes(_with_absolute_paths(config))
     columns = config.data.embeddings == "columns"
     spec = config.objective.batch_spec()
     if not columns:
@@ -94,6 +97,25 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 def absolute_clip(source: str) -> str:
     """`source` as it means the same from any folder: absolute where it is a folder of ours, else a name as it is."""
     return storage.absolute(source) if storage.exists(storage.join(source, "config.json")) else source
+
+
+def _with_classes(config: TrainConfig) -> TrainConfig:
+    """Checks the labels of the data against the classes; where a classifier leaves those open, takes them from there."""
+    spec = config.objective.batch_spec()
+    if spec.label_column is None:
+        return config
+    manifest = scan(config.data.path, (spec.label_column,))
+    if spec.classes:
+        check_labels(manifest, spec.label_column, spec.classes)
+        return config
+    assert isinstance(config.objective, ClassifierObjectiveConfig)  # every other stage names its classes
+    classes = distinct_labels(manifest, spec.label_column, at_most=MAX_CLASSES)
+    if len(classes) < 2:
+        raise ConfigError(
+            f"objective.stage.label_column = {spec.label_column!r}: data folder {manifest.uri!r} holds only {classes[0]!r} "
+            "in it; a classifier needs two classes"
+        )
+    return config.merged({"objective": config.objective.with_classes(classes).to_dict()})
 
 
 def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:

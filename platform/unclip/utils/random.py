@@ -46,6 +46,12 @@ class SampleGenerator:
         """An independent stream for each sample, named by `tag`, which does not depend on draws made here."""
         return SampleGenerator(_mix(self.keys ^ tag_key(tag)))
 
+    def select(self, rows: torch.Tensor) -> SampleGenerator:
+        """The streams of the samples `rows` (n,) int64, going on from the draws made so far."""
+        selected = SampleGenerator(self.keys[rows])
+        selected._draws = self._draws
+        return selected
+
     def normal(self, shape: tuple[int, ...] = ()) -> torch.Tensor:
         """(B, *shape) float32, standard normal (Box and Muller 1958)."""
         count = math.prod(shape)

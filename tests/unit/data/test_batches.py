@@ -131,6 +131,40 @@ def test_sliced_embeddings_stay_with_their_rows(records: pa.Table) -> None:
     np.testing.assert_array_equal(part["image_embed"], whole["image_embed"][3:5])
 
 
+LABELLED = BatchSpec(label_column="kind", classes=("7", "cat", "0.5"))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array(["cat", "7", "0.5", "cat"] * 2), [1, 0, 2, 1] * 2),
+        (pa.array([7] * ROWS), [0] * ROWS),
+        (pa.array([0.5] * ROWS), [2] * ROWS),
+        (pa.array(["cat"] * ROWS).dictionary_encode(), [1] * ROWS),
+    ],
+    ids=["text", "integers", "floats", "dictionary"],
+)
+def test_a_label_is_the_position_of_its_value_as_text(records: pa.Table, values: pa.Array, expected: list[int]) -> None:
+    assert LABELLED.columns() == ("id", "kind")
+    batch = make_batch(records.append_column("kind", values), np.arange(ROWS), LABELLED, seed=0)
+    assert batch["label"].dtype == np.int64
+    assert batch["label"].tolist() == expected
+
+
+@pytest.mark.parametrize(("bad", "message"), [("dog", "kind = 'dog' is none of the 3 classes"), (None, "kind = None")])
+def test_values_outside_the_classes_are_named(records: pa.Table, bad: str | None, message: str) -> None:
+    table = records.append_column("kind", pa.array(["cat"] * 5 + [bad] + ["cat"] * (ROWS - 6)))
+    with pytest.raises(DataError, match=f"record 105: {message}"):
+        make_batch(table, np.arange(ROWS), LABELLED, seed=0)
+
+
+def test_captions_can_be_classes(records: pa.Table) -> None:
+    captions = tuple(records.column("caption").to_pylist())
+    spec = BatchSpec(tokenizer="simple", label_column="caption", classes=captions)
+    assert spec.columns() == ("id", "caption")
+    assert make_batch(records, np.arange(ROWS), spec, seed=0)["label"].tolist() == list(range(ROWS))
+
+
 def replaced(records: pa.Table, column: str, values: pa.Array) -> pa.Table:
     return records.set_column(records.schema.get_field_index(column), column, values)
 
@@ -170,6 +204,7 @@ def test_embedding_of_another_type_is_refused(records: pa.Table) -> None:
         ({"crop_size": 8}, "need image_size"),
         ({"image_size": 8, "crop_size": 16}, "crop_size = 16 is larger than image_size = 8"),
         ({"image_size": 64, "crop_size": 16, "low_res_size": 6}, "low_res_size = 6 does not divide the side 16"),
+        ({"label_column": "kind", "classes": ["a", "b", "a"]}, "classes: 'a' is there more than once"),
         ({"degradation": "fog"}, "degradation = 'fog'"),
         ({"degradation_probability": 1.5}, r"degradation_probability = 1\.5"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unclip.data.batches import Batch
-from unclip.data.embedding import ClipEmbedStage, EmbeddingStatistics
+from unclip.data.embedding import ClipEmbedStage, EmbeddingCovariance, EmbeddingStatistics
 from unclip.models.clip import load_clip
 
 
@@ -60,3 +60,19 @@ def test_statistics_are_those_of_all_vectors_whatever_the_parts() -> None:
     assert total.count == 1000
     np.testing.assert_allclose(total.mean, exact.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(total.std, exact.std(axis=0), rtol=1e-10)
+
+
+def test_covariance_is_that_of_all_vectors_whatever_the_parts() -> None:
+    mixing = np.random.default_rng(1).standard_normal((5, 5))
+    vectors = (np.random.default_rng(0).standard_normal((1000, 5)) @ mixing + 1000).astype(np.float32)
+    exact, total = vectors.astype(np.float64), EmbeddingCovariance(5)
+    for part in np.array_split(vectors, 3):
+        worker = EmbeddingCovariance(5)
+        for piece in np.array_split(part, 11):
+            worker.update(piece)
+        worker.update(part[:0])
+        total.merge(worker)
+    total.merge(EmbeddingCovariance(5))
+    assert total.count == 1000
+    np.testing.assert_allclose(total.mean, exact.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(total.covariance, np.cov(exact.T, bias=True), rtol=1e-9, atol=1e-10)

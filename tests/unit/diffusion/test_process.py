@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 from unclip.config.base import ConfigError
 from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
+from unclip.diffusion.respacing import sampling_timesteps
 from unclip.diffusion.schedules import beta_schedule
 
 SHAPES = [(6, 5), (6, 3, 4, 4)]
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
 def build(**settings) -> DiffusionProcess:
@@ -221,6 +224,12 @@ def test_wrong_shapes_are_refused() -> None:
         ({"clip_sample_range": 0.0}, "clip_sample_range"),
         ({"dynamic_threshold": 1.5}, "dynamic_threshold"),
         ({"clip_sample_range": 1.0, "dynamic_threshold": 0.9}, "exclude each other"),
+        ({"zero_terminal_snr": True}, "prediction_type epsilon cannot be used with zero_terminal_snr"),
+        ({"zero_terminal_snr": True, "prediction_type": "sample", "num_train_timesteps": 1}, "at least 2, not 1"),
+        ({"variance_type": "analytic"}, "analytic needs analytic_noise_error"),
+        ({"variance_type": "analytic", "analytic_noise_error": [0.5] * 9}, "= 1000 entries, not 9"),
+        ({"analytic_noise_error": [-0.1] * 1000}, "analytic_noise_error"),
+        ({"analytic_variance_bound": 0.0}, "analytic_variance_bound"),
     ],
 )
 def test_bad_settings_are_refused(settings, message) -> None:
@@ -234,3 +243,140 @@ def test_a_process_built_under_a_meta_device_works() -> None:
     with torch.device("meta"):
         process = build(beta_schedule="linear")
     assert process.alphas_cumprod(torch.tensor([-1])).item() == 1
+
+
+# --- zero terminal SNR ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_last_timestep_is_pure_noise(schedule) -> None:
+    process = build(beta_schedule=schedule, zero_terminal_snr=True, prediction_type="v_prediction")
+    last = torch.full((2,), 999)
+    assert process.alphas_cumprod(torch.tensor([999, 1000])).tolist() == [0, 0]
+    x_start, noise = randn(2, 3), randn(2, 3, seed=1)
+    x_t = process.q_sample(x_start, last, noise)
+    assert torch.equal(x_t, noise)
+    target = process.target(x_start, noise, last)
+    assert torch.equal(target, -x_start)
+    assert torch.equal(process.pred_x_start(target, x_t, last), x_start)
+    assert torch.equal(process.pred_noise(x_start, x_t, last), noise)
+
+
+@pytest.mark.parametrize("previous", [998, 500, 0, -1])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "analytic"])
+def test_a_step_from_pure_noise_forgets_it(variance_type, previous) -> None:
+    """x_s is then drawn from q(x_s | x_start): x_t says nothing of it."""
+    table = [0.9] * 1000 if variance_type == "analytic" else None
+    process = build(
+        zero_terminal_snr=True,
+        prediction_type="sample",
+        variance_type=variance_type,
+        analytic_noise_error=table,
+        analytic_variance_bound=0.3,
+    )
+    x_start, x_t = randn(2, 3), randn(2, 3, seed=1)
+    steps = torch.full((2,), 999), torch.full((2,), previous)
+    abar = process.alphas_cumprod(steps[1])[0]
+    mean, log_variance = process.posterior(x_start, x_t, *steps)
+    torch.testing.assert_close(mean, abar.sqrt() * x_start, rtol=1e-12, atol=1e-12)
+    expected = torch.zeros(()).double() if previous < 0 else (1 - abar).log()
+    torch.testing.assert_close(log_variance[0, 0], expected, rtol=1e-12, atol=1e-12)
+    values = torch.zeros_like(x_t) if variance_type == "learned_range" else None
+    variance = process.model_log_variance(values, x_t, *steps).exp()[0, 0]
+    if previous >= 0:
+        exact = {
+            "fixed_small": 1 - abar,
+            "fixed_large": 1 - 0 * abar,
+            "learned_range": (1 - abar).sqrt(),  # half way between the two, in logarithms
+            "analytic": 1 - abar + 0.3 * abar,  # nothing is known of x_start but its variance
+        }[variance_type]
+        torch.testing.assert_close(variance, exact, rtol=1e-12, atol=0)
+    assert variance == 1 if previous < 0 else variance > 0
+
+
+# --- analytic variance ------------------------------------------------------------------------------------------------
+
+
+def gaussian(std: float, **settings) -> DiffusionProcess:
+    """For data N(0, std^2): x_t has variance v = abar std^2 + 1 - abar, and E[noise | x_t] = sqrt(1 - abar) x_t / v."""
+    total = settings.get("num_train_timesteps", 1000)
+    abar = build(**settings).alphas_cumprod(torch.arange(total))
+    noise_error = (1 - abar) / (abar * std**2 + 1 - abar)
+    return build(
+        variance_type="analytic",
+        analytic_noise_error=tuple(noise_error.tolist()),
+        analytic_variance_bound=std**2,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("std", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("pair", [(1, 0), (500, 499), (999, 998), (999, 832), (800, 3), (42, 0), (500, -1), (0, -1)])
+@pytest.mark.parametrize("settings", [{}, {"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}], ids=str)
+def test_the_analytic_variance_of_gaussian_data_is_the_true_one(settings, pair, std) -> None:
+    process = gaussian(std, **settings)
+    steps = torch.full((2,), pair[0]), torch.full((2,), pair[1])
+    abar_t, abar_s = (process.alphas_cumprod(step)[0] for step in steps)
+    var_t, var_s = (abar * std**2 + 1 - abar for abar in (abar_t, abar_s))
+    exact = var_s - (abar_t / abar_s) * var_s**2 / var_t  # Cov(x_s, x_t) = sqrt(abar_t / abar_s) Var(x_s)
+    log_variance = process.model_log_variance(None, randn(2, 3), *steps)
+    torch.testing.assert_close(log_variance, exact.log().expand(2, 1), rtol=0, atol=1e-6)
+
+
+def sampled_variance(process: DiffusionProcess, std: float, steps: int) -> float:
+    """Of ancestral samples with the exact score of N(0, std^2): every step is linear in x_t and adds known noise."""
+    variance = 1.0
+    one = torch.ones(1, 1, dtype=torch.float64)
+    timesteps = sampling_timesteps(1000, steps, "linspace")
+    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        step = torch.tensor([t]), torch.tensor([s])
+        abar = process.alphas_cumprod(step[0])
+        gain = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
+        mean, _ = process.posterior(gain * one, one, *step)
+        added = float(process.model_log_variance(None, one, *step).exp()) if s >= 0 else 0.0
+        variance = float(mean) ** 2 * variance + added
+    return variance
+
+
+@pytest.mark.parametrize("std", [0.4, 1.5])
+@pytest.mark.parametrize("steps", [5, 25])
+def test_sampling_with_the_analytic_variance_recovers_the_datas(std, steps) -> None:
+    assert sampled_variance(gaussian(std), std, steps) == pytest.approx(std**2, rel=1e-3)
+    small, large = (
+        sampled_variance(build(variance_type=kind), std, steps) / std**2 for kind in ("fixed_small", "fixed_large")
+    )
+    assert small < 0.98
+    # Beta would be the true one for data of variance 1.
+    assert large > 1.005 if std < 1 else large < 0.98
+
+
+def test_the_analytic_variance_is_the_mean_square_error_of_the_posterior_mean() -> None:
+    """Theorem 1 for data that is not Gaussian, half -a and half a, by quadrature over x_t."""
+    a, t, s = 0.8, 400, 250
+    abar, abar_s = (float(build().alphas_cumprod(torch.tensor([step]))) for step in (t, s))
+    x = np.linspace(-8, 8, 20001)
+    bumps = [np.exp(-((x - sign * a * abar**0.5) ** 2) / (2 * (1 - abar))) for sign in (-1, 1)]
+    density = (bumps[0] + bumps[1]) / (bumps[0] + bumps[1]).sum()
+    x_start = a * (bumps[1] - bumps[0]) / (bumps[1] + bumps[0])
+    noise = (x - abar**0.5 * x_start) / (1 - abar) ** 0.5
+    table = [1.0] * t + [float((density * noise**2).sum())] + [1.0] * (999 - t)
+    process = build(variance_type="analytic", analytic_noise_error=table)
+    unknown = float((density * (a**2 - x_start**2)).sum())  # E Var[x_start | x_t]
+    start_weight = abar_s**0.5 * (1 - abar / abar_s) / (1 - abar)
+    expected = (1 - abar_s) / (1 - abar) * (1 - abar / abar_s) + start_weight**2 * unknown
+    found = process.model_log_variance(None, randn(1, 1), torch.tensor([t]), torch.tensor([s])).exp()
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("bound", [0.3, 1.0])
+def test_measured_tables_are_kept_within_the_bounds(bound) -> None:
+    """A table is measured: near pure noise its error is divided by abar. No variance is below the posterior's, nor does
+    it say more of x_start than that its mean square is the bound."""
+    x, steps = randn(1, 1), (torch.tensor([990]), torch.tensor([700]))
+    abar_t, abar_s = build().alphas_cumprod(torch.cat(steps))
+    start_weight = abar_s.sqrt() * (1 - abar_t / abar_s) / (1 - abar_t)
+    low = build().model_log_variance(None, x, *steps).exp()
+    high = low + start_weight**2 * bound
+    for error, expected in ((0.0, high), (0.9, high), (1.0, low), (1.1, low)):
+        process = build(variance_type="analytic", analytic_noise_error=[error] * 1000, analytic_variance_bound=bound)
+        torch.testing.assert_close(process.model_log_variance(None, x, *steps).exp(), expected, rtol=1e-12, atol=0)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from unclip.diffusion.respacing import sampling_timesteps, step_pairs
+from unclip.diffusion.respacing import explicit_timesteps, sampling_timesteps, step_pairs
 
 
 def test_known_lists() -> None:
@@ -66,12 +66,19 @@ def test_step_pairs_end_at_the_clean_sample() -> None:
     assert step_pairs((5,), 10) == [(5, -1)]
 
 
-@pytest.mark.parametrize("timesteps", [[10, 5], [5, 5], [0, 5], [5, -1], [-1]])
+def test_an_explicit_list_is_taken_as_it_is() -> None:
+    assert explicit_timesteps(1000, (997, 800, 3)) == [997, 800, 3]
+    assert explicit_timesteps(1, [0]) == [0]
+    assert explicit_timesteps(1000, sampling_timesteps(1000, 27, "fast27")) == sampling_timesteps(1000, 27, "fast27")
+
+
+@pytest.mark.parametrize("timesteps", [[10, 5], [5, 5], [0, 5], [5, -1], [-1], [9, 5, 6]])
 def test_bad_lists_are_refused(timesteps: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"strictly descending and in 0\.\.9"):
-        step_pairs(timesteps, 10)
+    for refuse in (lambda: explicit_timesteps(10, timesteps), lambda: step_pairs(timesteps, 10)):
+        with pytest.raises(ValueError, match=r"strictly descending and in 0\.\.9, not \[.*\]"):
+            refuse()
 
 
 def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match="timesteps is empty"):
+    with pytest.raises(ValueError, match="timesteps_list is empty"):
         step_pairs([], 10)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.diffusion.schedules import beta_schedule
+from unclip.diffusion.schedules import beta_schedule, rescale_zero_terminal_snr
+
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
 def test_cosine_alphas_cumprod_are_the_closed_form() -> None:
@@ -29,6 +31,11 @@ def test_linear_is_the_papers() -> None:
     np.testing.assert_allclose(beta_schedule("linear", 1000).numpy(), np.linspace(1e-4, 0.02, 1000), rtol=1e-12)
 
 
+def test_scaled_linear_is_latent_diffusions() -> None:
+    expected = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    np.testing.assert_allclose(beta_schedule("scaled_linear", 1000).numpy(), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("num_train_timesteps", [50, 250, 4000])
 def test_linear_ends_at_about_the_same_noise_for_every_length(num_train_timesteps: int) -> None:
     log_abar = (1 - beta_schedule("linear", num_train_timesteps)).log().sum()
@@ -36,7 +43,15 @@ def test_linear_ends_at_about_the_same_noise_for_every_length(num_train_timestep
     assert abs(log_abar - integral) < 0.5 * 20**2 / num_train_timesteps
 
 
-@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("num_train_timesteps", [50, 250, 4000])
+def test_scaled_linear_ends_at_about_the_same_noise_for_every_length(num_train_timesteps: int) -> None:
+    log_abar = (1 - beta_schedule("scaled_linear", num_train_timesteps)).log().sum()
+    low, high = 0.85**0.5, 12**0.5  # roots of beta(0) and beta(1) of the continuous process
+    integral = -(low**2 + low * high + high**2) / 3
+    assert abs(log_abar - integral) < 0.5 * 12**2 / num_train_timesteps
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_betas_are_float64_rising_and_between_0_and_1(name) -> None:
     betas = beta_schedule(name, 100)
     assert betas.dtype == torch.float64
@@ -55,5 +70,25 @@ def test_bad_schedules_are_refused() -> None:
         beta_schedule("linear", 0)
     with pytest.raises(ValueError, match="num_train_timesteps = 20: beta_schedule linear needs more than 20"):
         beta_schedule("linear", 20)
+    with pytest.raises(ValueError, match="num_train_timesteps = 12: beta_schedule scaled_linear needs more than 12"):
+        beta_schedule("scaled_linear", 12)
+    assert beta_schedule("scaled_linear", 13).max() < 1
     with pytest.raises(ValueError, match="not 'sigmoid'"):
         beta_schedule("sigmoid", 1000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_keeps_the_first_signal_and_takes_away_the_last(name) -> None:
+    """Algorithm 1 of Lin et al. 2023: the signal sqrt(abar) is an affine function of what it was."""
+    before = (1 - beta_schedule(name, 500)).cumprod(dim=0)
+    after = rescale_zero_terminal_snr(before)
+    assert after[-1] == 0
+    torch.testing.assert_close(after[0], before[0], rtol=1e-14, atol=0)
+    assert (after.diff() < 0).all()
+    slopes = after.sqrt().diff() / before.sqrt().diff()
+    torch.testing.assert_close(slopes, slopes[:1].expand_as(slopes), rtol=1e-7, atol=0)
+
+
+def test_zero_terminal_snr_needs_two_timesteps() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr needs num_train_timesteps of at least 2, not 1"):
+        rescale_zero_terminal_snr(torch.tensor([0.5]))

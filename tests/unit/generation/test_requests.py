@@ -72,7 +72,10 @@ def test_what_is_missing_is_named(fields: dict[str, Any], message: str) -> None:
         ({"seed": -1}, "seed = -1"),
         ({"batch_size": 0}, "batch_size = 0"),
         ({"device": "gpu"}, "device = 'gpu'"),
-        ({"options": {"prior": {"sampler": "euler"}}}, "options.prior.sampler = 'euler': .*'ddpm' or 'ddim'"),
+        (
+            {"options": {"prior": {"sampler": "euler"}}},
+            r"options.prior.sampler = 'euler': .*'ddpm', 'ddim', 'dpmsolver\+\+' or 'sde-dpmsolver\+\+'",
+        ),
     ],
 )
 def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:

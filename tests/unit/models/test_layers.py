@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from unclip.models.layers import attention, group_norm, merge_heads, split_heads, timestep_embedding
+from unclip.models.layers import (
+    KeyValueCache,
+    Prefix,
+    Transformer,
+    attention,
+    causal_mask,
+    group_norm,
+    merge_heads,
+    split_heads,
+    timestep_embedding,
+)
 
 
 def test_timestep_embedding_is_cosines_then_sines() -> None:
@@ -57,3 +68,65 @@ def test_attention_in_bfloat16_on_cpus_equals_pytorchs(masked: bool) -> None:
     torch.testing.assert_close(result.double(), expected, rtol=2**-6, atol=2**-6)
     for ours, theirs in zip(inputs, exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2**-5, atol=2**-5)
+
+
+def test_causal_mask_hides_what_comes_later_and_what_is_hidden() -> None:
+    mask = causal_mask(torch.tensor([[True, False, True, True]]), 3)
+    expected = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]  # the hidden position 1 sees itself, nobody else does
+    assert mask.shape == (1, 1, 3, 4)
+    assert mask[0, 0].int().tolist() == expected
+
+
+@pytest.fixture
+def transformer(randomized: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return randomized(Transformer(width=16, depth=3, heads=2, activation_checkpointing=False))
+
+
+VISIBLE = (torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) < 0.7) | (torch.arange(7) > 3)
+
+
+@pytest.mark.parametrize("parts", [[7], [4, 3], [1] * 7, [2, 1, 4]])
+def test_a_sequence_in_parts_has_the_states_of_the_whole(transformer: nn.Module, parts: list[int]) -> None:
+    x = torch.randn(2, 7, 16)
+    cache, states, done = KeyValueCache(7), [], 0
+    with torch.no_grad():
+        for part in parts:
+            mask = causal_mask(VISIBLE[:, : done + part], part)
+            states.append(transformer(x[:, done : done + part], mask, earlier=cache))
+            done += part
+        whole = transformer(x, causal_mask(VISIBLE, 7))
+    torch.testing.assert_close(torch.cat(states, dim=1), whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="position 8 of a sequence with room for 7"):
+        transformer(x[:, :1], None, earlier=cache)
+
+
+def test_a_prefix_serves_many_continuations(transformer: nn.Module) -> None:
+    """Each continuation sees the prefix alone, not the continuations before it, and passes gradients."""
+    start, cache = torch.randn(2, 4, 16), KeyValueCache(4)
+    with torch.no_grad():
+        transformer(start, causal_mask(VISIBLE[:, :4], 4), earlier=cache)
+    prefix = Prefix(cache.keys_values())
+    assert cache.keys_values().shape == (2, 3, 2, 2, 4, 8)
+    for _ in range(2):
+        end = torch.randn(2, 3, 16, requires_grad=True)
+        states = transformer(end, causal_mask(VISIBLE, 3), earlier=prefix)
+        whole = transformer(torch.cat([start, end], dim=1), causal_mask(VISIBLE, 7))[:, 4:]
+        torch.testing.assert_close(states, whole, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(states.sum(), end)
+        (expected,) = torch.autograd.grad(whole.sum(), end)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 7])
+def test_the_last_states_alone_are_those_of_the_whole(transformer: nn.Module, outputs: int) -> None:
+    """Though the last block then computes no others, forwards and backwards."""
+    x, lengths, results = torch.randn(2, 7, 16), [], []
+    transformer.blocks[-1].mlp_in.register_forward_hook(
+        lambda _module, _inputs, output: lengths.append(output.shape[1])
+    )
+    for wanted in (outputs, None):
+        given = x.clone().requires_grad_()
+        states = transformer(given, causal_mask(VISIBLE, 7), outputs=wanted)[:, -outputs:]
+        results.append((states, *torch.autograd.grad(states.square().sum(), given)))
+    assert lengths == [outputs, 7]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -52,13 +52,18 @@ def test_attention_is_where_it_is_asked_for(resolutions: tuple[int, ...], patch_
     assert attentions(small(attention_resolutions=resolutions, patch_size=patch_size).build()) == expected
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("scale_shift_norm", [True, False])
 @pytest.mark.parametrize("resample", ["no", "down", "up"])
 def test_residual_block_is_adms(
-    randomized: Callable[[nn.Module], nn.Module], scale_shift_norm: bool, resample: str
+    randomized: Callable[[nn.Module], nn.Module],
+    scale_shift_norm: bool,
+    resample: str,
+    memory_format: torch.memory_format,
 ) -> None:
     block = randomized(ResidualBlock(16, 32, config=small(scale_shift_norm=scale_shift_norm), resample=resample))
-    x, embedding = torch.randn(2, 16, 8, 8), torch.randn(2, 64)
+    block = block.to(memory_format=memory_format)
+    x, embedding = torch.randn(2, 16, 8, 8).contiguous(memory_format=memory_format), torch.randn(2, 64)
 
     def norm(y: torch.Tensor, layer: nn.GroupNorm) -> torch.Tensor:
         groups = y.reshape(y.shape[0], layer.num_groups, -1)
@@ -105,7 +110,8 @@ def test_attention_is_glides(randomized: Callable[[nn.Module], nn.Module], memor
             values = torch.cat([context_value[mask[row]], value])
             expected[row, :, 8 * head : 8 * (head + 1)] = weights @ values
     result = x + attention.out(expected).transpose(1, 2).reshape(2, 16, 4, 4)
-    torch.testing.assert_close(attention(x, context, mask), result, rtol=1e-4, atol=1e-4)
+    keys_values = attention.keys_values(context)
+    torch.testing.assert_close(attention(x, keys_values, mask), result, rtol=1e-4, atol=1e-4)
 
 
 def test_context_and_embedding_matter(randomized: Callable[[nn.Module], nn.Module]) -> None:
@@ -113,15 +119,15 @@ def test_context_and_embedding_matter(randomized: Callable[[nn.Module], nn.Modul
     x, timesteps = pictures(), torch.tensor([1, 2])
     embedding, context = torch.randn(2, 64), torch.randn(2, 5, 12)
     mask = torch.tensor([[True, True, False, False, False]] * 2)
-    output = model(x, timesteps, embedding, context, mask)
+    output = model(x, timesteps, model.prepare(embedding, context, mask))
     hidden = torch.cat([context[:, :2], torch.randn(2, 3, 12)], dim=1)
-    torch.testing.assert_close(model(x, timesteps, embedding, hidden, mask), output)
+    torch.testing.assert_close(model(x, timesteps, model.prepare(embedding, hidden, mask)), output)
     for changed in (
-        model(x, timesteps, embedding, hidden),
-        model(x, timesteps, embedding, -context, mask),
-        model(x, timesteps, -embedding, context, mask),
-        model(x, timesteps + 1, embedding, context, mask),
-        model(x + 0.1, timesteps, embedding, context, mask),
+        model(x, timesteps, model.prepare(embedding, hidden)),
+        model(x, timesteps, model.prepare(embedding, -context, mask)),
+        model(x, timesteps, model.prepare(-embedding, context, mask)),
+        model(x, timesteps + 1, model.prepare(embedding, context, mask)),
+        model(x + 0.1, timesteps, model.prepare(embedding, context, mask)),
     ):
         assert (changed - output).abs().amax() > 1e-3
 
@@ -151,6 +157,20 @@ def test_activation_checkpointing_changes_nothing(randomized: Callable[[nn.Modul
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("context_dim", [None, 12])
+def test_compiles_without_graph_breaks(
+    randomized: Callable[[nn.Module], nn.Module], context_dim: int | None, checkpointing: bool
+) -> None:
+    config = small(attention_resolutions=(8,), activation_checkpointing=checkpointing)
+    model = randomized(config.build(context_dim=context_dim))
+    context = None if context_dim is None else torch.randn(2, 5, context_dim)
+    cond = model.prepare(torch.randn(2, 64), context)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x, timesteps = pictures(), torch.tensor([1, 999])
+    torch.testing.assert_close(compiled(x, timesteps, cond), model(x, timesteps, cond))
+
+
 def test_dropout_acts_in_training_only(randomized: Callable[[nn.Module], nn.Module]) -> None:
     model, timesteps = randomized(small(dropout=0.5).build()), torch.tensor([1, 2])
     torch.testing.assert_close(model(pictures(), timesteps), model(pictures(), timesteps))
@@ -164,11 +184,33 @@ def test_sizes_that_cannot_be_halved_are_refused() -> None:
 
 
 def test_context_must_fit_the_net() -> None:
-    x, timesteps = pictures(1), torch.zeros(1)
+    x, timesteps, context = pictures(1), torch.zeros(1), torch.zeros(1, 2, 12)
+    without = small(attention_resolutions=(8,)).build()
+    with_context = small(attention_resolutions=(8,)).build(context_dim=12)
     with pytest.raises(ValueError, match="context is given"):
-        small(attention_resolutions=(8,)).build()(x, timesteps, context=torch.zeros(1, 2, 12))
+        without.prepare(context=context)
+    with pytest.raises(ValueError, match="context is given"):
+        without(x, timesteps, with_context.prepare(context=context))
     with pytest.raises(ValueError, match="context is missing"):
-        small(attention_resolutions=(8,)).build(context_dim=12)(x, timesteps)
+        with_context.prepare()
+    with pytest.raises(ValueError, match="context is missing"):
+        with_context(x, timesteps)
+
+
+def test_prepared_rows_are_those_of_the_singles(randomized: Callable[[nn.Module], nn.Module]) -> None:
+    """Keys and values can be picked and joined like any condition."""
+    model, x, timesteps = (
+        randomized(small(attention_resolutions=(8,)).build(context_dim=12)),
+        pictures(3),
+        torch.arange(3),
+    )
+    embedding, context = torch.randn(3, 64), torch.randn(3, 5, 12)
+    mask = torch.arange(5) < torch.tensor([[1], [3], [5]])
+    cond = model.prepare(embedding, context, mask)
+    rows = torch.tensor([2, 0])
+    torch.testing.assert_close(model(x[rows], timesteps[rows], cond.select(rows)), model(x, timesteps, cond)[rows])
+    joined = cond.select(torch.tensor([0])).cat(cond.select(torch.tensor([1, 2])))
+    torch.testing.assert_close(model(x, timesteps, joined), model(x, timesteps, cond))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,13 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_weights(bundle: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes a stage's tensors and makes bundle.json agree, so that only the tensors themselves are wrong."""
+    """Changes a stage's tensors and makes its manifest agree, so that only the tensors themselves are wrong."""
     weights = bundle / name / "model.safetensors"
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights)
     stored = {"bytes": weights.stat().st_size, "sha256": sha256_file(weights)}
-    edit_json(bundle / "bundle.json", lambda index: index["stages"][name].update(weights=stored))
+    edit_json(bundle / name / "manifest.json", lambda manifest: manifest.update(weights=stored))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -49,13 +51,13 @@ def test_round_trip_is_exact(
     tiny_bundle: str, tiny_configs: Mapping[str, StageConfig], tiny_models: Mapping[str, nn.Module]
 ) -> None:
     bundle = Bundle.load(tiny_bundle)
-    assert tuple(bundle.configs) == STAGE_NAMES
+    assert tuple(bundle.configs) == tuple(name for name in STAGE_NAMES if name in tiny_configs)
     assert dict(bundle.configs) == dict(tiny_configs)
-    for name in STAGE_NAMES:
+    for name in bundle.configs:
         loaded, expected = bundle.load_model(name).state_dict(), tiny_models[name].state_dict()
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
-    assert bundle.index.stages["prior"].provenance == {"step": 7}
+    assert bundle.manifests["prior"].provenance == {"step": 7}
     assert bundle.load_clip().fingerprint == tiny_models["clip"].fingerprint
 
 
@@ -91,16 +93,17 @@ def test_digest_follows_the_weights(
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no bundle: it has no bundle.json"):
+    with pytest.raises(BundleError, match=r"no bundle: none of clip, .* has a manifest.json"):
         Bundle.load(str(tmp_path))
-    (tmp_path / "bundle.json").write_text("{")
-    with pytest.raises(BundleError, match=r"bundle.json' is not valid JSON"):
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match=r"clip/manifest.json' is not valid JSON"):
         Bundle.load(str(tmp_path))
 
 
 def test_another_schema_version_is_refused(bundle: Path) -> None:
-    edit_json(bundle / "bundle.json", lambda index: index.update(schema_version=2))
-    with pytest.raises(BundleError, match=r"schema_version = 2; this version of unclip reads 1"):
+    edit_json(bundle / "prior" / "manifest.json", lambda manifest: manifest.update(schema_version=1))
+    with pytest.raises(BundleError, match=r"prior/manifest.json.*schema_version = 1; this version of unclip reads 2"):
         Bundle.load(str(bundle))
 
 
@@ -108,8 +111,8 @@ def test_unknown_keys_are_refused(bundle: Path, tmp_path: Path) -> None:
     edit_json(bundle / "prior" / "config.json", lambda config: config.update(num_drawz=3))
     with pytest.raises(BundleError, match=r"prior/config.json.*num_drawz: unknown field; did you mean 'num_draws'"):
         Bundle.load(str(bundle))
-    edit_json(bundle / "bundle.json", lambda index: index.update(extra=1))
-    with pytest.raises(BundleError, match=r"bundle.json.*extra: unknown field"):
+    edit_json(bundle / "prior" / "manifest.json", lambda manifest: manifest.update(extra=1))
+    with pytest.raises(BundleError, match=r"manifest.json.*extra: unknown field"):
         Bundle.load(str(bundle))
 
 
@@ -134,7 +137,7 @@ def test_truncated_and_missing_files_are_found_before_weights_are_read(bundle: P
     weights.unlink()
     with pytest.raises(BundleError, match=r"decoder/model.safetensors' is missing"):
         Bundle.load(str(bundle))
-    shutil.rmtree(bundle / "decoder")
+    (bundle / "decoder" / "config.json").unlink()
     with pytest.raises(BundleError, match=r"decoder/config.json' is missing"):
         Bundle.load(str(bundle))
 
@@ -165,7 +168,7 @@ def test_weights_must_fit_exactly(
 
 
 def test_a_missing_stage_is_named(bundle: Path) -> None:
-    edit_json(bundle / "bundle.json", lambda index: index["stages"].pop("decoder"))
+    (bundle / "decoder" / "manifest.json").unlink()
     with pytest.raises(BundleError, match=r"no stage 'decoder'; it has clip, prior, upsampler_256"):
         Bundle.load(str(bundle)).load_model("decoder")
 
@@ -187,13 +190,13 @@ def test_the_only_stage_with_a_clip_may_be_replaced(
     uri, tensors = str(tmp_path / "bundle"), tiny_models["prior"].state_dict()
     for clip in (ClipReference(source="a", fingerprint="a"), OTHER_CLIP):
         save_stage(uri, tiny_configs["prior"], tensors=tensors, clip=clip, provenance={})
-    assert Bundle.load(uri).index.clip == OTHER_CLIP
-    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["bundle.json", "prior"]
+    assert Bundle.load(uri).clip == OTHER_CLIP
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["prior"]
 
 
 def test_a_stage_of_another_clip_is_not_loaded(bundle: Path) -> None:
-    edit_json(bundle / "bundle.json", lambda index: index["stages"]["prior"].update(clip_fingerprint="e" * 64))
-    with pytest.raises(BundleError, match=f"stage 'prior' belongs to the CLIP with fingerprint {'e' * 64}"):
+    edit_json(bundle / "prior" / "manifest.json", lambda manifest: manifest["clip"].update(fingerprint="e" * 64))
+    with pytest.raises(BundleError, match=f"stage 'clip' belongs .* but stage 'prior' there to {'e' * 64}"):
         Bundle.load(str(bundle))
 
 
@@ -224,9 +227,112 @@ def test_tensors_that_do_not_fit_change_nothing(
     assert contents(bundle) == before
 
 
-def test_only_upsamplers_come_without_a_clip(
+def test_stages_in_a_clips_space_come_with_it_and_no_others(
     tmp_path: Path, tiny_configs: Mapping[str, StageConfig], tiny_models: Mapping[str, nn.Module]
 ) -> None:
-    tensors = tiny_models["prior"].state_dict()
-    with pytest.raises(BundleError, match=r"stage 'prior': clip = None"):
-        save_stage(str(tmp_path), tiny_configs["prior"], tensors=tensors, clip=None, provenance={})
+    for name, clip in (("prior", None), ("decoder", None), ("upsampler_256", OTHER_CLIP)):
+        with pytest.raises(BundleError, match=rf"stage '{name}': clip = "):
+            save_stage(
+                str(tmp_path), tiny_configs[name], tensors=tiny_models[name].state_dict(), clip=clip, provenance={}
+            )
+
+
+def test_a_decoder_of_captions_alone_needs_no_clip(tmp_path: Path, tiny_configs: Mapping[str, StageConfig]) -> None:
+    glide = tiny_configs["decoder"].merged({"model": {"embed_dim": None}})
+    save_stage(str(tmp_path), glide, tensors=glide.build().state_dict(), clip=None, provenance={})
+    assert Bundle.load(str(tmp_path)).configs["decoder"] == glide
+
+
+# --- exported at the same time, and cut short -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_stages_that_are_exported_at_the_same_time_are_all_there(
+    scheme: str, tmp_path: Path, tiny_configs: Mapping[str, StageConfig], tiny_models: Mapping[str, nn.Module]
+) -> None:
+    """Every export has read what was there before any of them writes."""
+    uri = str(tmp_path / "bundle") if scheme == "local" else f"memory://bundles/{tmp_path.name}"
+    names = ("upsampler_256", "upsampler_1024", "prior", "decoder")
+    barrier = threading.Barrier(len(names))
+
+    def late(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        barrier.wait(timeout=60)
+        yield from tiny_models[name].state_dict().items()
+
+    def export(name: str) -> None:
+        clip = OTHER_CLIP if tiny_configs[name].in_clip_space else None
+        save_stage(uri, tiny_configs[name], tensors=late(name), clip=clip, provenance={})
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(export, names))
+    assert set(Bundle.load(uri).configs) == set(names)
+    storage.remove(uri)
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+def test_an_export_that_is_cut_short_leaves_a_bundle_without_the_stage_or_with_the_old_one(
+    bundle: Path,
+    moment: int,
+    tiny_configs: Mapping[str, StageConfig],
+    tiny_models: Mapping[str, nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut before the first and before the second renaming, of the old folder and of the new one; the next export mends it."""
+    changed = {key: value + 1 for key, value in tiny_models["upsampler_256"].state_dict().items()}
+    rename, calls = Path.rename, iter(range(10))
+
+    def cut(path: Path, target: Any) -> Path:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(KeyboardInterrupt):
+            save_stage(str(bundle), tiny_configs["upsampler_256"], tensors=changed, clip=None, provenance={})
+    left = Bundle.load(str(bundle))
+    assert ("upsampler_256" in left.configs) == (moment == 0)
+    assert left.load_clip() is not None
+    save_stage(str(bundle), tiny_configs["upsampler_256"], tensors=changed, clip=None, provenance={})
+    loaded = Bundle.load(str(bundle)).load_model("upsampler_256").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in changed.items())
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_an_upload_that_is_cut_short_leaves_a_bundle_without_the_stage(
+    done: int,
+    tmp_path: Path,
+    tiny_configs: Mapping[str, StageConfig],
+    tiny_models: Mapping[str, nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = f"memory://bundles/{tmp_path.name}"
+    for name in ("upsampler_256", "upsampler_1024"):
+        save_stage(uri, tiny_configs[name], tensors=tiny_models[name].state_dict(), clip=None, provenance={})
+    fs = type(storage.filesystem(uri)[0])
+    put, calls = fs.put_file, iter(range(10))
+
+    def cut(self: Any, *args: Any, **kwargs: Any) -> None:
+        if next(calls) == done:
+            raise ConnectionError
+        put(self, *args, **kwargs)
+
+    changed = {key: value + 1 for key, value in tiny_models["upsampler_256"].state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "put_file", cut)
+        with pytest.raises(ConnectionError):
+            save_stage(uri, tiny_configs["upsampler_256"], tensors=changed, clip=None, provenance={})
+    assert list(Bundle.load(uri).configs) == ["upsampler_1024"]
+    save_stage(uri, tiny_configs["upsampler_256"], tensors=changed, clip=None, provenance={})
+    assert list(Bundle.load(uri).configs) == ["upsampler_256", "upsampler_1024"]
+    storage.remove(uri)
+
+
+def test_a_replaced_stage_leaves_nothing_of_the_old_one(
+    bundle: Path, tiny_configs: Mapping[str, StageConfig], tiny_models: Mapping[str, nn.Module]
+) -> None:
+    before = sorted(contents(bundle))
+    (bundle / "upsampler_256" / "stale").write_text("of the old one")
+    tensors = tiny_models["upsampler_256"].state_dict()
+    save_stage(str(bundle), tiny_configs["upsampler_256"], tensors=tensors, clip=None, provenance={})
+    assert sorted(contents(bundle)) == before

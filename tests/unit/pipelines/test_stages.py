@@ -25,6 +25,21 @@ from unclip.pipelines.stages import StageConfig, stage_config_from_dict
         ("decoder", {"model": {"unet": {"out_channels": 3}}}, "out_channels = 3: must be 6 with .*'learned_range'"),
         ("decoder", {"model": {"unet": {"in_channels": 6}}}, "in_channels = 6: must be 3"),
         ("decoder", {"image_size": 32}, "model.unet.image_size = 16: must be image_size = 32"),
+        ("decoder", {"model": {"inpainting": True}}, "in_channels = 3: must be 7"),
+        ("decoder", {"model": {"num_classes": 2}}, "classes: has 0 names for model.num_classes = 2"),
+        ("decoder", {"classes": ["cat"]}, "classes: has 1 names for model.num_classes = None"),
+        (
+            "decoder",
+            {"model": {"num_classes": 1}, "classes": ["cat"]},
+            "label_column = None: goes with model.num_classes = 1",
+        ),
+        ("decoder", {"model": {"text": None, "embed_dim": None}}, "a decoder needs at least one input"),
+        ("upsampler_256", {"low_res_noise_level": 1}, "low_res_noise_level = 1: must be below 1 with"),
+        (
+            "upsampler_256",
+            {"low_res_noise_level": 50, "model": {"noise_conditioning": True}},
+            "low_res_noise_level = 50: must be below 50 with",
+        ),
         ("upsampler_256", {"sampling": {"guidance_scale": 2.0}}, "sampling.guidance_scale = 2.0: an upsampler"),
         ("upsampler_256", {"model": {"unet": {"in_channels": 3}}}, "in_channels = 3: must be 6"),
         ("upsampler_256", {"image_size": 33}, "image_size = 33: must be a multiple of 2"),
@@ -46,5 +61,7 @@ def test_configs_survive_json(tiny_configs: Mapping[str, StageConfig]) -> None:
 
 
 def test_the_kind_must_be_known() -> None:
-    with pytest.raises(ConfigError, match="kind = 'painter': must be one of clip, prior, decoder"):
+    with pytest.raises(
+        ConfigError, match="kind = 'painter': must be one of clip, noised_clip, classifier, prior, decoder"
+    ):
         stage_config_from_dict({"kind": "painter"})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,13 +9,26 @@ import pytest
 import torch
 
 from unclip.config.base import ConfigError
-from unclip.pipelines.bundle import BundleError
+from unclip.pipelines.bundle import Bundle, BundleError, save_stage
 from unclip.pipelines.pictures import to_signed, to_uint8
-from unclip.pipelines.stages import StageConfig
+from unclip.pipelines.stages import StageConfig, stage_config_from_dict
 from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
 from unclip.utils.random import SampleGenerator
 
 PROMPTS, SEEDS = ["a red circle", "a blue heart", "a woman firefighter"], [7, 8, 7]
+AR_PRIOR = {
+    "kind": "prior",
+    "prior_type": "autoregressive",
+    "model": {
+        "embed_dim": 8,
+        "context_length": 16,
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "num_components": 4,
+        "num_buckets": 16,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +148,60 @@ def test_seeds_are_checked(pipeline: Pipeline) -> None:
         pipeline(["a dog"], [1, 2])
     with pytest.raises(ValueError, match=str(2**63)):
         pipeline(["a dog"], [2**63])
+
+
+def test_chosen_steps_replace_a_stored_list_of_timesteps(tiny_configs: Mapping[str, StageConfig]) -> None:
+    stored = {"sampling": {"num_inference_steps": 3, "timesteps_list": [49, 20, 0]}}
+    configs = {**tiny_configs, "decoder": tiny_configs["decoder"].merged(stored)}
+    as_stored = plan_cascade(configs, GenerationOptions()).sampling["decoder"]  # type: ignore[arg-type]
+    assert as_stored.timesteps(50) == [49, 20, 0]  # type: ignore[union-attr]
+    chosen = plan_cascade(configs, options(decoder={"num_inference_steps": 2})).sampling["decoder"]  # type: ignore[arg-type]
+    assert chosen.timesteps(50) == [49, 0]  # type: ignore[union-attr]
+
+
+def test_an_interval_of_guidance_can_be_chosen(pipeline: Pipeline, output: CascadeOutput) -> None:
+    """Guidance in no timestep that is visited is no guidance."""
+    nowhere = pipeline(PROMPTS, SEEDS, options=options(decoder={"guidance_interval": [0.1, 0.2]}, up_to=16))
+    off = pipeline(PROMPTS, SEEDS, options=options(decoder={"guidance_scale": 1.0}, up_to=16))
+    assert np.abs(nowhere.images[16].astype(int) - off.images[16].astype(int)).max() <= 1
+    assert np.abs(nowhere.images[16].astype(int) - output.images[16].astype(int)).max() > 2
+
+
+def test_settings_are_plain_values_and_follow_the_options(tiny_configs: Mapping[str, StageConfig]) -> None:
+    plain, changed = (
+        plan_cascade(tiny_configs, options(**changes)).settings  # type: ignore[arg-type]
+        for changes in ({}, {"decoder": {"eta": 0.5, "sampler": "ddim"}})
+    )
+    assert json.loads(json.dumps(plain)) == plain
+    assert changed["sampling"]["decoder"]["eta"] == 0.5
+    assert changed["sampling"]["prior"] == plain["sampling"]["prior"]
+
+
+@pytest.fixture(scope="module")
+def ar_bundle(tiny_bundle: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same bundle with an autoregressive prior."""
+    uri = str(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("ar") / "bundle"))
+    stage = stage_config_from_dict(AR_PRIOR)
+    torch.manual_seed(0)
+    clip = Bundle.load(uri).manifests["decoder"].clip
+    save_stage(uri, stage, tensors=stage.build().state_dict(), clip=clip, provenance={})
+    return uri
+
+
+def test_either_prior_can_stand_in_the_cascade(ar_bundle: str, output: CascadeOutput) -> None:
+    pipeline = Pipeline.from_bundle(ar_bundle)
+    images = pipeline(PROMPTS, SEEDS, options=options(up_to=16))
+    assert images.images[16].shape == output.images[16].shape
+    torch.testing.assert_close(images.image_embed.norm(dim=1), torch.ones(3))
+    alone = pipeline(PROMPTS[:1], SEEDS[:1], options=options(up_to=16))
+    torch.testing.assert_close(alone.image_embed[0], images.image_embed[0], rtol=1e-4, atol=1e-5)
+
+
+def test_each_prior_has_options_of_its_own(ar_bundle: str, tiny_configs: Mapping[str, StageConfig]) -> None:
+    configs = Bundle.load(ar_bundle).configs
+    sampling = plan_cascade(configs, options(prior={"temperature": 0.5})).sampling["prior"]
+    assert sampling.temperature == 0.5  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"options.prior: num_inference_steps: unknown field"):
+        plan_cascade(configs, options(prior={"num_inference_steps": 3}))
+    with pytest.raises(ConfigError, match=r"options.prior: temperature: unknown field"):
+        plan_cascade(tiny_configs, options(prior={"temperature": 0.5}))  # type: ignore[arg-type]

@@ -136,6 +136,42 @@ PAPER: dict[str, dict[str, Any]] = {
         # The perturbation of SAM is computed on each replica's own 64 pairs.
         "loop": {"global_batch_size": 32_768, "microbatch_size": 64},
     },
+    "noised_clip": {  # GLIDE, section 4.4 and appendix
+        "objective": {
+            "stage": {
+                "diffusion": {"num_train_timesteps": 1000, **COSINE},
+                "model": {
+                    "image_size": 64,
+                    "patch_size": 4,
+                    "width": 1024,
+                    "depth": 24,
+                    "heads": 16,
+                    "text": {"width": 768, "depth": 12, "heads": 12},
+                },
+            }
+        },
+        "optimizer": {"weight_decay": 0.0125},
+        "loop": {"global_batch_size": 32_768, "max_steps": 390_000},
+    },
+    "classifier": {  # ADM, appendix
+        "objective": {
+            "stage": {
+                "diffusion": {"num_train_timesteps": 1000, **COSINE},
+                "model": {
+                    "encoder": {
+                        "image_size": 64,
+                        "channels": 128,
+                        "depth": 4,
+                        "channel_mult": [1, 2, 3, 4],
+                        "head_channels": 64,
+                        "attention_resolutions": [32, 16, 8],
+                    }
+                },
+            }
+        },
+        "optimizer": {"learning_rate": 3e-4, "weight_decay": 0.05},
+        "loop": {"global_batch_size": 1024, "max_steps": 300_000},
+    },
 }
 
 MILLIONS = {
@@ -144,6 +180,8 @@ MILLIONS = {
     "upsampler_256": 691.5,
     "upsampler_1024": 282.0,
     "clip": 986.1,  # open_clip's ViT-H-14: as wide and deep, with as many patches
+    "noised_clip": 427.6 + 1.7,  # open_clip's ViT-L-14, whose patches become as many smaller ones; the timestep
+    "classifier": 65.44,  # the paper rounds to 65
 }
 """Parameters that the table's rows give with the public modules of GLIDE, ADM, diffusers and open_clip."""
 

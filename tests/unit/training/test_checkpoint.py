@@ -80,6 +80,22 @@ def test_state_step_and_buffers_come_back(uri: str) -> None:
     assert other.module.statistics.tolist() == [3.0, 4.0]
 
 
+def test_the_objectives_state_comes_back_to_the_bit(uri: str) -> None:
+    engine = new_engine()
+    state = {"losses": torch.rand(3, 10), "losses_seen": torch.tensor([2**40, 0, 7])}
+    checkpoint.save(checkpoint.folder(uri, 1), engine, {"step": 1}, objective=state)
+    found = checkpoint.latest(uri)
+    assert found
+    assert found.manifest["objective"] == {"losses": [3, 10], "losses_seen": [3]}
+    loaded = checkpoint.load(found, new_engine(), verify=True)
+    assert loaded.keys() == state.keys()
+    assert all(loaded[name].dtype == value.dtype and torch.equal(loaded[name], value) for name, value in state.items())
+    save(uri, engine, 2)
+    without = checkpoint.latest(uri)
+    assert without
+    assert checkpoint.load(without, engine) == {}
+
+
 def test_a_state_from_before_the_first_step_is_one_too(uri: str) -> None:
     engine = new_engine()
     save(uri, engine, 0)

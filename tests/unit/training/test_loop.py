@@ -83,6 +83,14 @@ def stored(prepared: PreparedRun) -> dict[str, torch.Tensor]:
         }
 
 
+def objective_state(prepared: PreparedRun) -> dict[str, torch.Tensor]:
+    """That of the newest checkpoint, as its manifest lists it."""
+    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
+    assert newest is not None
+    with FragmentReader(newest) as reader:
+        return {name: reader.read_objective(name) for name in newest.manifest["objective"]}
+
+
 def metrics(prepared: PreparedRun) -> list[dict[str, Any]]:
     """What was logged, without what the clock says."""
     timed = ("time_", "seconds", "images_per_second", "eta_s", "progress", "max_steps")
@@ -134,9 +142,9 @@ def _check_published(prepared: PreparedRun) -> None:
     published = dict(bundle.load_model(config.stage).state_dict())
     assert same(published, full_state_dict(newest, "ema"))
     assert not same(published, full_state_dict(newest, "fp32"))
-    entry = bundle.index.stages[config.stage]
-    assert entry.clip_fingerprint == config.clip_fingerprint
-    assert (entry.provenance["step"], entry.provenance["run"]) == (2, config.run)
+    manifest = bundle.manifests[config.stage]
+    assert (manifest.clip.fingerprint if manifest.clip else None) == config.clip_fingerprint
+    assert (manifest.provenance["step"], manifest.provenance["run"]) == (2, config.run)
     assert bundle.configs[config.stage] == config.objective.stage_config()
 
 
@@ -169,6 +177,35 @@ def test_a_run_in_two_halves_is_the_run_in_one(tmp_path: Path, records: Records)
     assert not same(stored(rest), {key: torch.zeros_like(value) for key, value in stored(rest).items()})
     assert run(rest)["step"] == 14  # there is nothing left to do, and no batch is asked for
     assert same(stored(rest), stored(whole))
+
+
+LOSS_AWARE: dict[str, Any] = {
+    "loss": {"timestep_sampling": "loss_aware"},
+    "stage": {"diffusion": {"num_train_timesteps": 2}, "sampling": {"num_inference_steps": 2}},
+}
+"""Two timesteps have ten losses each after some six steps of four samples."""
+
+
+def test_what_loss_aware_draws_have_learned_is_part_of_a_run(tmp_path: Path, records: Records) -> None:
+    """Halves stop while draws are uniform and when they no longer are; the history goes on in either case."""
+    whole = prepare("decoder", tmp_path / "whole", records, objective=LOSS_AWARE, loop={"max_steps": 14})
+    run(whole)
+    losses, seen = (objective_state(whole)[name] for name in ("losses", "losses_seen"))
+    assert losses.shape == (2, 10)
+    assert (losses > 0).all()
+    assert int(seen.sum()) == 56
+    for half in (3, 9):
+        for steps in (half, 14):
+            halves = prepare("decoder", tmp_path / f"{half}", records, objective=LOSS_AWARE, loop={"max_steps": steps})
+            run(halves)
+            assert int(objective_state(halves)["losses_seen"].sum()) == 4 * steps
+        assert metrics(halves) == metrics(whole)
+        assert same(stored(halves), stored(whole))
+        assert same(objective_state(halves), objective_state(whole))
+    uniform: dict[str, Any] = LOSS_AWARE | {"loss": {}}
+    other = prepare("decoder", tmp_path / "uniform", records, objective=uniform, loop={"max_steps": 14})
+    run(other)
+    assert objective_state(other) == {}
 
 
 def test_a_killed_run_logs_nothing_twice(tmp_path: Path, records: Records) -> None:

@@ -18,7 +18,7 @@ from unclip.recipes.clip import tiny_architecture
 from unclip.training.objectives import Objective
 from unclip.training.objectives.base import BaseObjectiveConfig
 from unclip.training.objectives.clip import ClipObjectiveConfig
-from unclip.training.objectives.decoder import DecoderObjectiveConfig
+from unclip.training.objectives.decoder import DecoderObjectiveConfig, known_mask
 from unclip.training.objectives.prior import PriorObjectiveConfig
 from unclip.training.objectives.upsampler import UpsamplerObjectiveConfig
 from unclip.utils.random import SampleGenerator
@@ -60,10 +60,29 @@ def decoder(*, variance_type: str = "learned_range", **changes: Any) -> DecoderO
     return DecoderObjectiveConfig(stage=DecoderStageConfig.from_dict(stage), **changes)
 
 
-def upsampler() -> UpsamplerObjectiveConfig:
+STATES, CLASSES = 4, ("cat", "dog", "owl")
+VARIANTS = {
+    "glide": {"model": {"embed_dim": None}},
+    "states": {"model": {"text": None, "text_states": {"context_length": LENGTH, "state_dim": STATES, "width": 8}}},
+    "adm": {
+        "model": {"text": None, "embed_dim": None, "num_classes": len(CLASSES)},
+        "label_column": "kind",
+        "classes": CLASSES,
+    },
+    "inpainting": {"model": {"inpainting": True, "unet": {"in_channels": 7}}},
+}
+
+
+def variant(name: str, *, variance_type: str = "learned_range", **changes: Any) -> DecoderObjectiveConfig:
+    """A decoder that is told something else than unCLIP's."""
+    stage = decoder(variance_type=variance_type).stage.merged(VARIANTS[name])
+    return DecoderObjectiveConfig(stage=stage, **changes)
+
+
+def upsampler(*, noise_conditioning: bool = False) -> UpsamplerObjectiveConfig:
     stage = {
         "kind": "upsampler_256",
-        "model": {"unet": unet(in_channels=6, image_size=32)},
+        "model": {"unet": unet(in_channels=6, image_size=32), "noise_conditioning": noise_conditioning},
         "diffusion": {**PIXELS, "beta_schedule": "squaredcos_cap_v2"},
         "sampling": SAMPLING,
         "low_res_size": 8,
@@ -94,6 +113,8 @@ def make_batch(count: int, seed: int = 1) -> Batch:
         "tokens": tokens,
         "image_embed": torch.randn(count, D, generator=random).half(),
         "text_embed": torch.randn(count, D, generator=random).half(),
+        "text_states": torch.randn(count, LENGTH * STATES, generator=random).half(),
+        "label": torch.randint(len(CLASSES), (count,), generator=random),
         "image": torch.randint(256, (count, 8, 8, 3), generator=random, dtype=torch.uint8),
         "low_res": torch.randint(256, (count, 2, 2, 3), generator=random, dtype=torch.uint8),
     }
@@ -180,7 +201,7 @@ def test_the_decoder_learns_noise_and_variance() -> None:
     x_t, noise, timesteps = noised(pixels(batch["image"]), batch)
     torch.testing.assert_close(network.x_t, x_t)
     assert torch.equal(network.timesteps, timesteps)
-    torch.testing.assert_close(network.cond.image_embed, (batch["image_embed"].float() - 0.1) / 0.25)
+    torch.testing.assert_close(network.cond.image.embed, (batch["image_embed"].float() - 0.1) / 0.25)
     mse = ((network.output[:, :3] - noise) ** 2).mean()
     torch.testing.assert_close(output.metrics["mse"], mse)
     assert output.metrics["vlb"] > 0
@@ -211,6 +232,87 @@ def test_the_decoder_sees_what_is_not_dropped(image_drop: float, text_drop: floa
     assert {name for name in ("image_embed", "tokens", "text_embed") if depends(config, name)} == seen
 
 
+@pytest.mark.parametrize(
+    ("name", "drop", "seen"),
+    [
+        ("glide", 0.0, {"tokens"}),
+        ("glide", 1.0, set()),
+        ("states", 0.0, {"image_embed", "text_states"}),
+        ("states", 1.0, set()),
+        ("adm", 0.0, {"label"}),
+        ("adm", 1.0, set()),
+    ],
+)
+def test_other_decoders_see_what_is_not_dropped(name: str, drop: float, seen: set[str]) -> None:
+    config = variant(name, image_drop_prob=drop, text_drop_prob=drop, label_drop_prob=drop)
+    found = {column for column in ("image_embed", "tokens", "text_states", "label") if depends(config, column)}
+    assert found == seen
+    assert depends(config, "image")
+
+
+def test_decoders_ask_for_what_they_are_told() -> None:
+    specs = {name: variant(name).batch_spec() for name in VARIANTS}
+    assert specs["glide"].columns() == ("id", "image", "caption")
+    assert specs["states"].columns() == ("id", "image", "caption", "image_embed", "text_states")
+    assert specs["adm"].columns() == ("id", "image", "kind")
+    assert specs["adm"].classes == CLASSES
+    assert variant("glide").with_embeddings(D + 1, None) == variant("glide")
+
+
+def test_text_states_are_rows_of_the_states_of_the_tokens() -> None:
+    objective, batch = build(variant("states")), make_batch(3)
+    network = Recorded(objective.model)
+    objective.loss(network, batch, streams(batch))
+    states = network.cond.text.states
+    assert states.shape == (3, LENGTH, STATES)
+    torch.testing.assert_close(states[:, 1], batch["text_states"][:, STATES : 2 * STATES])
+    assert network.cond.text.mask.tolist() == [[True] * 4 + [False]] * 3
+
+
+def test_classes_are_dropped_at_their_rate() -> None:
+    count = 20_000
+    objective, batch = build(variant("adm", variance_type="fixed_small", label_drop_prob=0.2)), make_batch(count)
+    batch["position"] = torch.arange(count)
+    network = Recorded(Zero())
+    metrics = objective.loss(network, batch, streams(batch)).metrics
+    share = network.cond.label.dropped.float().mean()
+    assert float(share) == pytest.approx(0.2, abs=4 * math.sqrt(0.16 / count))
+    torch.testing.assert_close(metrics["share_without_label"], share)
+
+
+def test_inpainting_shows_the_known_part_of_the_picture_itself() -> None:
+    objective, batch = build(variant("inpainting")), make_batch(5)
+    network = Recorded(objective.model)
+    objective.loss(network, batch, streams(batch))
+    torch.testing.assert_close(network.cond.known, pixels(batch["image"]))
+    torch.testing.assert_close(network.cond.known_mask, known_mask(streams(batch).child("known"), 8))
+
+
+def test_known_masks_are_rectangles_their_complements_or_nothing() -> None:
+    count, size = 3000, 16
+    generator = SampleGenerator.for_samples(0, torch.arange(count))
+    masks = known_mask(generator, size)[:, 0]
+    assert masks.unique().tolist() == [0, 1]
+    nothing = ~masks.flatten(1).any(dim=1)
+    inside = masks.bool()
+    corner = inside[:, 0, 0] | inside[:, 0, -1] | inside[:, -1, 0] | inside[:, -1, -1]
+    outside = corner & ~is_rectangle(inside)
+    assert (is_rectangle(inside) | is_rectangle(~inside) | nothing).all()
+    assert float(nothing.float().mean()) == pytest.approx(1 / 3, abs=0.1)  # and rectangles without a pixel
+    assert float(outside.float().mean()) > 0.2
+    assert masks.mean(dim=0).std() < 0.2  # no place is known always or never
+    part = known_mask(SampleGenerator.for_samples(0, torch.arange(7, 9)), size)[:, 0]
+    torch.testing.assert_close(part, masks[7:9])
+
+
+def is_rectangle(mask: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) bool -> (B,): whether the pixels are all of some rows and columns that are next to each other."""
+    rows, columns = mask.any(dim=2), mask.any(dim=1)
+    full = rows[:, :, None] & columns[:, None, :]
+    runs = [(side[:, 1:] != side[:, :-1]).sum(dim=1) + side[:, 0] + side[:, -1] <= 2 for side in (rows, columns)]
+    return (full == mask).flatten(1).all(dim=1) & runs[0] & runs[1] & rows.any(dim=1)
+
+
 def test_shares_of_what_is_dropped_are_products_of_the_rates() -> None:
     count = 20_000
     objective, batch = build(decoder(variance_type="fixed_small")), make_batch(count)
@@ -220,7 +322,7 @@ def test_shares_of_what_is_dropped_are_products_of_the_rates() -> None:
     expected = {"share_both": 0.45, "share_image_only": 0.45, "share_text_only": 0.05, "share_neither": 0.05}
     for name, rate in expected.items():
         assert float(metrics[name]) == pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / count)), name
-    image_dropped, text_dropped = network.cond.image_dropped, network.cond.text_dropped
+    image_dropped, text_dropped = network.cond.image.dropped, network.cond.text.dropped
     assert float((image_dropped & ~text_dropped).float().mean()) == pytest.approx(float(metrics["share_text_only"]))
     # Neither goes with the timestep: its mean has a standard error of T / sqrt(12 n).
     for dropped in (image_dropped, text_dropped):
@@ -246,10 +348,30 @@ def test_the_upsampler_learns_noise_given_the_small_picture() -> None:
     output = objective.loss(network, batch, streams(batch))
     x_t, noise, _ = noised(pixels(batch["image"]), batch)
     torch.testing.assert_close(network.x_t, x_t)
-    torch.testing.assert_close(network.cond.low_res, pixels(batch["low_res"]))
+    small = torch.nn.functional.interpolate(pixels(batch["low_res"]), scale_factor=4, mode="bilinear")
+    torch.testing.assert_close(network.cond.low_res, small)
+    assert network.cond.noise_level is None
     torch.testing.assert_close(output.loss, ((network.output - noise) ** 2).mean())
     assert depends(upsampler(), "low_res")
     assert not depends(upsampler(), "tokens")
+
+
+def test_noise_conditioning_draws_a_level_for_each_sample() -> None:
+    count = 2000
+    objective, batch = build(upsampler(noise_conditioning=True)), make_batch(count)
+    batch["position"], batch["low_res"] = torch.arange(count), torch.full((count, 2, 2, 3), 128, dtype=torch.uint8)
+    network = Recorded(Zero())
+    objective.loss(network, batch, streams(batch))
+    level = network.cond.noise_level
+    assert set(level.tolist()) == set(range(T))
+    # It is the level of the noise that is there, and not that of x_t.
+    noise = (network.cond.low_res - objective.process.alphas_cumprod(level).sqrt().view(-1, 1, 1, 1) / 255).square()
+    expected = 1 - cosine_alphas_cumprod()[level.numpy()]
+    # At the corners, the interpolation of 2 x 2 pixels to 8 x 8 takes one pixel alone.
+    corners = noise[:, :, ::7, ::7].mean(dim=(1, 2, 3)).numpy()
+    assert np.corrcoef(corners, expected)[0, 1] > 0.6
+    assert corners.mean() == pytest.approx(expected.mean(), rel=0.05)
+    assert abs(np.corrcoef(level.numpy(), network.timesteps.numpy())[0, 1]) < 0.1
 
 
 def test_the_upsampler_asks_for_crops_with_their_condition() -> None:
@@ -261,7 +383,13 @@ def test_the_upsampler_asks_for_crops_with_their_condition() -> None:
 
 # --- all diffusion stages ---------------------------------------------------------------------------------------------
 
-CONFIGS = {"prior": prior(), "decoder": decoder(), "upsampler": upsampler()}
+CONFIGS = {
+    "prior": prior(),
+    "decoder": decoder(),
+    **{name: variant(name) for name in VARIANTS},
+    "upsampler": upsampler(),
+    "noised upsampler": upsampler(noise_conditioning=True),
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tests.support.embedded import embed, save_clip
 
 from unclip.config.base import ConfigError
-from unclip.data.manifest import DataError
+from unclip.data.batches import make_batch
+from unclip.data.labels import distinct_labels
+from unclip.data.manifest import DataError, read_slices, scan
 from unclip.models.clip import load_clip
 from unclip.models.normalizer import paper_scale
 from unclip.pipelines.bundle import BundleError
@@ -177,6 +182,87 @@ def test_a_bundle_of_another_clip(place: Place) -> None:
     theirs = load_clip(str(place.root / "bundle" / "clip")).fingerprint
     place.refuses(BundleError, str(place.root / "bundle"), "'prior'", ours, theirs)
     prepare_run(place.config(stage="upsampler_256"))  # sees no embeddings, so it may
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(place: Place) -> Callable[..., str]:
+    """`labelled(column=values)`: a folder with the records in two files and a further column, its values repeated."""
+
+    def write(**columns: pa.Array) -> str:
+        folder = place.root / "labelled"
+        folder.mkdir()
+        records = scan(place.records)
+        slices = [(index, 0, fragment.rows) for index, fragment in enumerate(records.fragments)]
+        table = read_slices(records, slices, records.columns)
+        for name, values in columns.items():
+            rows = pa.array(np.arange(table.num_rows) % len(values))
+            table = table.append_column(name, values.take(rows))
+        for number, start in enumerate((0, table.num_rows // 2)):
+            pq.write_table(table.slice(start, table.num_rows // 2), folder / f"part-{number}.parquet", row_group_size=8)
+        return str(folder)
+
+    return write
+
+
+def classifier(folder: str, **stage: Any) -> dict[str, Any]:
+    return {"stage": "classifier", "data": {"path": folder}, "objective": {"stage": stage}}
+
+
+def test_classes_that_are_left_open_are_those_of_the_data(place: Place, labelled: Callable[..., str]) -> None:
+    folder = labelled(number=pa.array([10, 9, 100]))
+    prepared = prepare_run(place.config(**classifier(folder, label_column="number")))
+    stage = prepared.config.objective.stage_config()
+    assert stage.classes == ("10", "100", "9")  # type: ignore[union-attr]
+    assert (prepared.spec.label_column, prepared.spec.classes) == ("number", ("10", "100", "9"))
+    assert prepared.spec.columns() == ("id", "image", "number")
+    table = read_slices(prepared.manifest, [(0, 0, 3)], prepared.spec.columns())
+    batch = make_batch(table, np.arange(3), prepared.spec, seed=0)
+    assert batch["label"].tolist() == [0, 2, 1]
+    assert prepare_run(prepared.config).config == prepared.config  # what was filled in is what is checked next time
+
+
+def test_given_classes_may_be_more_than_the_data_has_but_not_less(place: Place, labelled: Callable[..., str]) -> None:
+    folder = labelled(colour_name=pa.array(["red", "green", "blue"]))
+    given = ["red", "green", "blue", "black"]
+    config = place.config(**classifier(folder, label_column="colour_name", classes=given))
+    assert list(prepare_run(config).spec.classes) == given
+    place.refuses(
+        DataError,
+        folder,
+        "column 'colour_name' holds 'green', which is none of the 2 classes",
+        **classifier(folder, label_column="colour_name", classes=["red", "blue"]),
+    )
+
+
+def test_columns_that_hold_no_classes(place: Place, labelled: Callable[..., str]) -> None:
+    folder = labelled(
+        constant=pa.array(["same"]),
+        holes=pa.array(["a", None, "b"]),
+        lists=pa.array([["a"], ["b"]]),
+    )
+    expected = {
+        "constant": (ConfigError, "objective.stage.label_column = 'constant'", "'same'", "needs two classes"),
+        "holes": (DataError, "column 'holes' has rows without a value"),
+        "lists": (DataError, "column 'lists' is list"),
+        "missing": (DataError, "has no column 'missing'"),
+    }
+    for column, (error, *words) in expected.items():
+        place.refuses(error, *words, **classifier(folder, label_column=column))
+    manifest = scan(folder, ("hexcode",))
+    with pytest.raises(DataError, match="'hexcode' holds more than 20 different values"):
+        distinct_labels(manifest, "hexcode", at_most=20)
+    assert len(distinct_labels(manifest, "hexcode", at_most=48)) == 48
+
+
+@pytest.mark.parametrize("stage", ["noised_clip", "classifier"])
+def test_guides_have_no_clip_and_fit_any_bundle(place: Place, stage: str) -> None:
+    save_clip(str(place.root / "bundle"), tiny_architecture(), seed=1)
+    prepared = prepare_run(place.config(stage))
+    assert clip_reference(prepared.config) is None
+    assert prepared.spec.image_size == 64
 
 
 # --- run folder and outputs -------------------------------------------------------------------------------------------

@@ -157,6 +157,24 @@ def test_drawing_leaves_the_keys_alone() -> None:
     assert keys.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_selected_streams_go_on_where_they_were() -> None:
+    whole, selected = generator(6), generator(6)
+    for drawn in (whole, selected):
+        drawn.normal((3,))
+        drawn.uniform()
+    rows = torch.tensor([4, 1, 1])
+    selected = selected.select(rows)
+    for _ in range(2):
+        assert torch.equal(selected.normal((5,)), whole.normal((5,))[rows])
+    assert torch.equal(selected.child("a").uniform(), whole.child("a").uniform()[rows])
+
+
+def test_drawing_from_selected_streams_leaves_the_others_alone() -> None:
+    whole, untouched = generator(6), generator(6)
+    whole.select(torch.tensor([0, 5])).normal((3,))
+    assert torch.equal(whole.normal((3,)), untouched.normal((3,)))
+
+
 @pytest.mark.parametrize("keys", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(1, 1).long()])
 def test_bad_keys_are_refused(keys: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="keys must be an int64 vector"):

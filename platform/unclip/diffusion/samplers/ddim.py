@@ -1,66 +1,86 @@
-"""Denoising diffusion implicit models (Song et al. 2021)."""
+"""Denoising diffusion implicit models (Song et al. 2021), and their inversion."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from unclip.diffusion.guidance import ConditionT, Denoise
 from unclip.diffusion.process import DiffusionProcess, per_sample
-from unclip.diffusion.samplers.loop import Progress, run_steps
-from unclip.utils.random import SampleGenerator
+from unclip.diffusion.respacing import explicit_timesteps
+from unclip.diffusion.samplers.base import SamplerState
 
 
-def ddim_step(
-    process: DiffusionProcess,
-    model_output: torch.Tensor,
-    x_t: torch.Tensor,
-    timesteps: torch.Tensor,
-    prev_timesteps: torch.Tensor,
-    noise: torch.Tensor | None,
-    *,
-    eta: float,
-) -> torch.Tensor:
-    """x_s of DDIM eq. 12 with sigma of eq. 16: `eta` 0 is deterministic, 1 has the variance of the DDPM posterior.
+@dataclass(frozen=True)
+class DDIM:
+    """x_s of DDIM eq. 12 with sigma of eq. 16.
 
     The direction to `x_t` is that of the thresholded x_start, so x_start and noise agree with x_t. A step to the clean
     sample (-1) gives x_start. A learned variance is not used.
-
-    Args:
-        noise: standard normal, shaped like `x_t`; None only with `eta` 0.
     """
-    if noise is None and eta > 0:
-        raise ValueError(f"eta = {eta} needs noise")
-    prediction, _ = process.split(model_output)
-    x_start = process.pred_x_start(prediction, x_t, timesteps)
-    pred_noise = process.pred_noise(x_start, x_t, timesteps)
-    abar_t, abar_s = process.alphas_cumprod(timesteps), process.alphas_cumprod(prev_timesteps)
-    variance = eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)
-    direction = (1 - abar_s - variance).clamp(min=0).sqrt()
-    x_s = per_sample(abar_s.sqrt(), x_t) * x_start + per_sample(direction, x_t) * pred_noise
-    return x_s if noise is None else x_s + per_sample(variance.sqrt(), x_t) * noise
+
+    eta: float | torch.Tensor = 0.0
+    """0 is deterministic, 1 has the variance of the DDPM posterior; one number, or (B,) for each sample its own."""
+
+    @property
+    def stochastic(self) -> bool:
+        return bool((torch.as_tensor(self.eta) > 0).any())
+
+    def step(
+        self,
+        process: DiffusionProcess,
+        model_output: torch.Tensor,
+        state: SamplerState,
+        timesteps: torch.Tensor,
+        prev_timesteps: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> SamplerState:
+        """See `Sampler.step`. With eta 0, `prev_timesteps` may be later ones too: that is a step of the inversion."""
+        if noise is None and self.stochastic:
+            raise ValueError(f"sampler ddim with eta = {self.eta} needs noise")
+        x_t = state.x_t
+        prediction, _ = process.split(model_output)
+        x_start = process.pred_x_start(prediction, x_t, timesteps)
+        pred_noise = process.pred_noise(x_start, x_t, timesteps)
+        abar_t, abar_s = process.alphas_cumprod(timesteps), process.alphas_cumprod(prev_timesteps)
+        alpha = torch.where(abar_s > 0, abar_t / abar_s, 0.0)  # of an inversion's step up to pure noise, 0 / 0
+        variance = self.eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - alpha)
+        direction = (1 - abar_s - variance).clamp(min=0).sqrt()
+        x_s = per_sample(abar_s.sqrt(), x_t) * x_start + per_sample(direction, x_t) * pred_noise
+        if noise is not None:
+            x_s = x_s + per_sample(variance.sqrt(), x_t) * noise
+        return dataclasses.replace(state, x_t=x_s)
 
 
-def sample_ddim(
+@torch.no_grad()
+def ddim_invert(
     denoise: Denoise[ConditionT],
-    x_T: torch.Tensor,
+    x_start: torch.Tensor,
     timesteps: Sequence[int],
     process: DiffusionProcess,
-    generator: SampleGenerator,
     cond: ConditionT,
-    *,
-    eta: float = 0.0,
-    progress: Progress | None = None,
 ) -> torch.Tensor:
-    """x_start (B, ...) sampled from `x_T` by DDIM steps over `timesteps` (strictly descending).
+    """The x_T (B, ...) from which DDIM with eta 0 comes back to `x_start` (B, ...), up to an error of first order.
 
-    Noise comes from successive draws of `generator`, so a sample depends on its own key and not on the batch; with
-    `eta` 0 nothing is drawn.
+    DDIM's own step, upwards through `timesteps` (Song et al. 2021, section 4.3; Dhariwal and Nichol 2021, appendix F):
+    the direction at each point stands for the one at the next. As the network knows no clean samples, the direction at
+    `x_start` is what it says for the least of the `timesteps`.
+
+    Args:
+        denoise: the network that the sample is to come back through, guided or not.
+        timesteps: the list that it is to come back through, strictly descending, as a sampler takes it.
+        cond: what `denoise` takes, prepared where that saves work.
     """
-
-    def step(model_output: torch.Tensor, x_t: torch.Tensor, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        noise = generator.normal(tuple(x_t.shape[1:])).to(x_t.dtype) if eta > 0 else None
-        return ddim_step(process, model_output, x_t, now, before, noise, eta=eta)
-
-    return run_steps(step, denoise, x_T, timesteps, process, cond, progress)
+    ascending = reversed(explicit_timesteps(process.num_train_timesteps, timesteps))
+    levels = [torch.full(x_start.shape[:1], level, device=x_start.device) for level in ascending]
+    prediction, _ = process.split(denoise(x_start, levels[0], cond).to(x_start.dtype))
+    noise = process.pred_noise(process.pred_x_start(prediction, x_start, levels[0]), x_start, levels[0])
+    state = SamplerState.start(process.q_sample(x_start, levels[0], noise))
+    for level, next_level in itertools.pairwise(levels):
+        model_output = denoise(state.x_t, level, cond).to(x_start.dtype)
+        state = DDIM().step(process, model_output, state, level, next_level, None)
+    return state.x_t

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import nn
 
@@ -9,6 +12,8 @@ from unclip.diffusion.process import DiffusionConfig
 from unclip.models.normalizer import EmbeddingNormalizerConfig
 from unclip.models.unet import UNetConfig
 from unclip.pipelines.pictures import PICTURE_CHANNELS
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def check_normalizer(normalizer: EmbeddingNormalizerConfig, embed_dim: int) -> None:
@@ -35,9 +40,14 @@ def check_size(size: int, unet: UNetConfig) -> None:
         raise ValueError(f"image_size = {size}: must be a multiple of {unet.stride}, the stride of model.unet")
 
 
-def channels_last(model: nn.Module) -> nn.Module:
+def channels_last(model: M) -> M:
     """The same network with its convolutions' weights in the layout that they are fastest in."""
     return model.to(memory_format=torch.channels_last)
+
+
+def prepare_of(model: nn.Module) -> Callable[[Any], Any]:
+    """`model.prepare`, which computes once what does not change between the steps of a request."""
+    return cast("Callable[[Any], Any]", model.prepare)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -16,6 +16,11 @@ class ClipStageConfig(Config):
     architecture: ClipArchitectureConfig
     """Shape of both towers."""
 
+    @property
+    def in_clip_space(self) -> bool:
+        """Whether its network sees or makes a CLIP's embeddings, and so fits only bundles of that CLIP."""
+        return True
+
     def build(self) -> ClipModel:
         """The network with random weights."""
         return self.architecture.build()

@@ -1,4 +1,4 @@
-"""The `prior` stage: caption to CLIP image embedding (unCLIP §2.2)."""
+"""The `prior` stage as a diffusion model: caption to CLIP image embedding (unCLIP §2.2)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from torch.nn import functional
 
 from unclip.config.base import Config
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.normalizer import EmbeddingNormalizerConfig
 from unclip.models.prior import PriorCondition, PriorConfig, PriorModel
-from unclip.models.text import caption_mask
-from unclip.pipelines.stages.checks import check_normalizer, device_of
+from unclip.pipelines.stages.checks import check_normalizer, device_of, prepare_of
+from unclip.pipelines.stages.draws import best_of_draws
 from unclip.utils.random import SampleGenerator
 
 
@@ -24,6 +23,8 @@ class PriorStageConfig(Config):
 
     kind: Literal["prior"] = "prior"
     """Names this kind of stage."""
+    prior_type: Literal["diffusion"] = "diffusion"
+    """Which of the two kinds of prior it is."""
     model: PriorConfig
     """The Transformer."""
     diffusion: DiffusionConfig
@@ -40,15 +41,24 @@ class PriorStageConfig(Config):
         if self.diffusion.variance_type == "learned_range":
             raise ValueError(
                 "diffusion.variance_type = 'learned_range': the prior predicts z_i alone; "
-                "use fixed_small or fixed_large"
+                "use fixed_small, fixed_large or analytic"
             )
         self.sampling.timesteps(self.diffusion.num_train_timesteps)  # refuses steps that the process does not have
         check_normalizer(self.normalizer, self.model.embed_dim)
         return self
 
+    @property
+    def in_clip_space(self) -> bool:
+        """Whether its network sees or makes a CLIP's embeddings, and so fits only bundles of that CLIP."""
+        return True
+
     def build(self) -> PriorModel:
         """The network with random weights."""
         return self.model.build()
+
+    def stage(self, model: nn.Module) -> PriorStage:
+        """The stage with its network."""
+        return PriorStage(self, model)
 
 
 class PriorStage:
@@ -61,7 +71,7 @@ class PriorStage:
 
     def __init__(self, config: PriorStageConfig, model: nn.Module) -> None:
         self.config = config
-        self._denoise = model
+        self._model = model
         self._process = config.diffusion.build()
         self._normalizer = config.normalizer.build().to(device_of(model))
 
@@ -76,26 +86,23 @@ class PriorStage:
     ) -> torch.Tensor:
         """z_i (B, D) of unit norm: the best of `config.num_draws` for each caption.
 
-        "We improve quality by generating two samples of z_i and selecting the one with a higher dot product with z_t"
-        (§2.2). CLIP's embeddings lie on the unit sphere, and so the draws are put back on it.
-
         Args:
             text_embed: (B, D) z_t, unit norm.
             tokens: (B, L) int64 in the context length of this stage.
             generator: a stream for each of the B captions.
         """
-        draws, batch = self.config.num_draws, len(text_embed)
-        streams = SampleGenerator(torch.cat([generator.child(f"draw {draw}").keys for draw in range(draws)]))
-        text_embed, tokens = text_embed.repeat(draws, 1), tokens.repeat(draws, 1)
-        cond = PriorCondition(
-            text_embed=text_embed,
-            tokens=tokens,
-            text_mask=caption_mask(tokens),
-            text_dropped=tokens.new_zeros(len(tokens), dtype=torch.bool),
-        )
-        x_T = streams.normal((text_embed.shape[1],))
-        normalized = sampling.sample(self._denoise, x_T, self._process, streams, cond, progress=progress)
-        image_embed = functional.normalize(self._normalizer.denormalize(normalized), dim=1)
-        similarity = (image_embed * functional.normalize(text_embed, dim=1)).sum(dim=1).view(draws, batch)
-        best = similarity.argmax(dim=0)
-        return image_embed.view(draws, batch, -1)[best, torch.arange(batch, device=best.device)]
+
+        def draw(cond: PriorCondition, streams: SampleGenerator) -> torch.Tensor:
+            x_T = streams.normal((self.config.model.embed_dim,))
+            normalized = sampling.sample(
+                self._model,
+                x_T,
+                self._process,
+                streams,
+                cond,
+                prepare=prepare_of(self._model),
+                progress=progress,
+            )
+            return self._normalizer.denormalize(normalized)
+
+        return best_of_draws(draw, text_embed, tokens, generator, num_draws=self.config.num_draws)

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.config.base import Config
-from unclip.diffusion.process import DiffusionConfig
+from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import Progress, SamplingConfig
-from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, UpsamplerModel
-from unclip.pipelines.pictures import PICTURE_CHANNELS, picture_noise
-from unclip.pipelines.stages.checks import channels_last, check_channels, check_size
+from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, UpsamplerModel, upsample_low_res
+from unclip.pipelines.pictures import PICTURE_CHANNELS, picture_noise, to_signed, to_uint8
+from unclip.pipelines.stages.checks import channels_last, check_channels, check_size, prepare_of
 from unclip.utils.random import SampleGenerator
 
 
@@ -32,6 +32,9 @@ class UpsamplerStageConfig(Config):
     """Side of the pictures it takes in pixels: what the stage before makes."""
     image_size: int = Field(ge=16)
     """Side of its pictures in pixels."""
+    low_res_noise_level: int = Field(default=0, ge=0)
+    """With model.noise_conditioning: noise on the picture it takes when it samples, a timestep of `diffusion`. More of it
+    hides more of what the stage before got wrong, and leaves more to be invented."""
 
     @model_validator(mode="after")
     def _consistent(self) -> UpsamplerStageConfig:
@@ -47,11 +50,50 @@ class UpsamplerStageConfig(Config):
             raise ValueError(
                 f"image_size = {self.image_size}: must be a multiple of low_res_size = {self.low_res_size}, and larger"
             )
+        levels = self.diffusion.num_train_timesteps if self.model.noise_conditioning else 1
+        if self.low_res_noise_level >= levels:
+            raise ValueError(
+                f"low_res_noise_level = {self.low_res_noise_level}: must be below {levels} with model.noise_conditioning "
+                f"= {self.model.noise_conditioning} and diffusion.num_train_timesteps = {self.diffusion.num_train_timesteps}"
+            )
         return self
+
+    @property
+    def in_clip_space(self) -> bool:
+        """Whether its network sees or makes a CLIP's embeddings, and so fits only bundles of that CLIP."""
+        return False
 
     def build(self) -> UpsamplerModel:
         """The network with random weights."""
         return self.model.build()
+
+
+def low_res_condition(
+    low_res: torch.Tensor,
+    size: int,
+    process: DiffusionProcess,
+    *,
+    noise_level: torch.Tensor | None,
+    generator: SampleGenerator,
+) -> UpsamplerCondition:
+    """What an upsampler is told of a small picture: the one way it is made, in training and in sampling.
+
+    The picture is rounded to the 8 bits that it has in data and in files (GLIDE does so too), noised (Ho et al. 2022,
+    "Cascaded diffusion models": non-truncated conditioning augmentation) and interpolated. What training does to
+    pictures before that, to make them like those of the stage before, is `unclip.data.degradation.make_low_res`.
+
+    Args:
+        low_res: (B, 3, h, w) in [-1, 1].
+        size: side of the large picture or crop in pixels.
+        process: whose noise it is.
+        noise_level: (B,) int64, timestep of each picture's noise; None for no noise.
+        generator: a stream for each of the B pictures.
+    """
+    picture = to_signed(to_uint8(low_res))
+    if noise_level is not None:
+        noise = generator.child("low-res noise").normal(tuple(picture.shape[1:]))
+        picture = process.q_sample(picture, noise_level, noise)
+    return UpsamplerCondition(upsample_low_res(picture, (size, size)), noise_level)
 
 
 class UpsamplerStage:
@@ -73,12 +115,19 @@ class UpsamplerStage:
         """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
 
         Args:
-            low_res: (B, 3, s, s) in [-1, 1] with s = `config.low_res_size`, on the grid of 8-bit pictures.
+            low_res: (B, 3, s, s) in [-1, 1] with s = `config.low_res_size`.
             generator: a stream for each of the B pictures.
         """
-        expected = (PICTURE_CHANNELS, self.config.low_res_size, self.config.low_res_size)
+        config = self.config
+        expected = (PICTURE_CHANNELS, config.low_res_size, config.low_res_size)
         if tuple(low_res.shape[1:]) != expected:
             raise ValueError(f"low_res must be (B, {', '.join(map(str, expected))}), not {tuple(low_res.shape)}")
-        cond = UpsamplerCondition(low_res=low_res)
-        x_T = picture_noise(generator, self.config.image_size)
-        return sampling.sample(self._denoise, x_T, self._process, generator, cond, progress=progress).clamp(-1, 1)
+        level = None
+        if config.model.noise_conditioning:
+            level = torch.full((len(low_res),), config.low_res_noise_level, dtype=torch.int64, device=low_res.device)
+        cond = low_res_condition(low_res, config.image_size, self._process, noise_level=level, generator=generator)
+        x_T = picture_noise(generator, config.image_size)
+        pictures = sampling.sample(
+            self._denoise, x_T, self._process, generator, cond, prepare=prepare_of(self._denoise), progress=progress
+        )
+        return pictures.clamp(-1, 1)

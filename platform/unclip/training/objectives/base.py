@@ -12,13 +12,17 @@ from torch import nn
 
 from unclip.config.base import Config
 from unclip.data.batches import BatchSpec
-from unclip.diffusion.losses import diffusion_loss
+from unclip.diffusion.losses import DiffusionLossConfig, diffusion_loss
 from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.timestep_sampling import LossAwareTimesteps, uniform_timesteps
 from unclip.pipelines.stages import StageConfig
 from unclip.utils.random import SampleGenerator
 
 Batch = Mapping[str, torch.Tensor]
 """Tensors of one micro-batch on the worker's device; architecture.md names the columns."""
+
+Rows = Mapping[str, torch.Tensor]
+"""Columns (n,) of what was seen of n samples, row by row."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,11 @@ class LossOutput:
 
 
 class Objective(ABC):
-    """What a stage trains: a module and its loss."""
+    """What a stage trains: a module and its loss.
+
+    An objective may learn from the losses of its own samples (its state). The loop hands the `observations` of all
+    workers to `observe` of each after every optimizer step, so state is the same on all, and stores it in checkpoints.
+    """
 
     model: nn.Module
 
@@ -40,6 +48,20 @@ class Objective(ABC):
 
     def after_backward(self) -> None:  # noqa: B027  most objectives have nothing to undo
         """Called when the gradient of a micro-batch has been taken."""
+
+    def observations(self) -> Rows:
+        """What the calls of `loss` since the last answer have shown, a row a sample in their order; {} for nothing."""
+        return {}
+
+    def observe(self, rows: Rows) -> None:  # noqa: B027  nor to learn
+        """Takes in the observations of all workers in one optimizer step, ordered by position in the run."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Named tensors on the CPU that a resumed run needs beside the weights; the same on all workers."""
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:  # noqa: B027
+        """Goes on from what `state()` gave."""
 
     def to(self, device: torch.device) -> Objective:
         """Moves what is trained and its helpers to `device`."""
@@ -76,16 +98,83 @@ NormalizationName = Literal["scale", "whiten"]
 """How z_i is brought to unit variance: the paper's constant factor (§2.2), or mean and deviation of the data."""
 
 
-def denoising_loss(
-    process: DiffusionProcess, model: nn.Module, x_start: torch.Tensor, cond: Any, generator: SampleGenerator
-) -> LossOutput:
-    """One draw of (t, noise) a sample and the loss of the model's answer (DDPM, Ho et al. 2020, algorithm 1)."""
-    timesteps = generator.integers(process.num_train_timesteps)
-    noise = generator.normal(tuple(x_start.shape[1:]))
-    x_t = process.q_sample(x_start, timesteps, noise)
-    model_output = model(x_t, timesteps, cond)
-    loss = diffusion_loss(process, model_output, x_start=x_start, x_t=x_t, noise=noise, timesteps=timesteps)
-    metrics = {"mse": loss.mse.detach().mean()}
-    if loss.vlb is not None:
-        metrics["vlb"] = loss.vlb.detach().mean()
-    return LossOutput(loss.loss.mean(), metrics)
+class DenoisingLoss:
+    """What every diffusion stage trains on: one draw of (t, noise) a sample and the loss of the model's answer.
+
+    DDPM (Ho et al. 2020), algorithm 1, with the loss and the draw of t that `config` says. Raises `ValueError` where
+    they do not suit the process. What loss-aware draws learn from is the objective's state.
+    """
+
+    def __init__(self, process: DiffusionProcess, config: DiffusionLossConfig) -> None:
+        config.check(process.config)
+        self.process = process
+        self.config = config
+        loss_aware = config.timestep_sampling == "loss_aware"
+        self._history = LossAwareTimesteps(process.num_train_timesteps) if loss_aware else None
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, model: nn.Module, x_start: torch.Tensor, cond: Any, generator: SampleGenerator) -> LossOutput:
+        """The loss of a micro-batch `x_start` (B, ...) under `cond`; `generator` has a stream a sample."""
+        timesteps, weights = self._draw(generator)
+        noise = generator.normal(tuple(x_start.shape[1:]))
+        x_t = self.process.q_sample(x_start, timesteps, noise)
+        loss = diffusion_loss(
+            self.process,
+            model(x_t, timesteps, cond),
+            x_start=x_start,
+            x_t=x_t,
+            noise=noise,
+            timesteps=timesteps,
+            config=self.config,
+        )
+        if self._history is not None and torch.is_grad_enabled():  # an evaluation teaches nothing
+            self._seen.append((timesteps, loss.loss.detach()))
+        metrics = {"mse": (weights * loss.mse.detach()).mean()}
+        if loss.vlb is not None:
+            metrics["vlb"] = (weights * loss.vlb.detach()).mean()
+        return LossOutput((weights * loss.loss).mean(), metrics)
+
+    def observations(self) -> Rows:
+        """As `Objective.observations`: `timestep` int64 and `loss` float32, or nothing where no draw depends on them."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return {}
+        timesteps, losses = zip(*seen, strict=True)
+        return {"timestep": torch.cat(timesteps), "loss": torch.cat(losses)}
+
+    def observe(self, rows: Rows) -> None:
+        """As `Objective.observe`."""
+        assert self._history is not None
+        self._history.observe(rows["timestep"], rows["loss"])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """As `Objective.state`."""
+        return {} if self._history is None else self._history.state()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """As `Objective.load_state`."""
+        if self._history is not None:
+            self._history.load_state(state)
+
+    def _draw(self, generator: SampleGenerator) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._history is None:
+            return uniform_timesteps(self.process.num_train_timesteps, generator)
+        return self._history.draw(generator)
+
+
+class DiffusionObjective(Objective):
+    """The objective of a diffusion stage: its state is what loss-aware draws of t have learned."""
+
+    denoising: DenoisingLoss
+
+    def observations(self) -> Rows:
+        return self.denoising.observations()
+
+    def observe(self, rows: Rows) -> None:
+        self.denoising.observe(rows)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.denoising.state()
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.denoising.load_state(state)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.distributed.nn
 from pydantic import Field
 from torch import nn
-from torch.nn import functional
 
 from unclip.data.batches import BatchSpec
 from unclip.models.clip import ClipArchitectureConfig
 from unclip.pipelines.stages import ClipStageConfig
 from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
+from unclip.training.objectives.contrastive import contrastive_loss, local_contrastive_loss
 from unclip.utils.random import SampleGenerator
 
 
@@ -51,7 +49,7 @@ class ClipObjective(Objective):
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
         if self.config.sam_rho > 0:
             self._ascend(model, batch)
-        return _contrastive(model, batch, rank=_rank(), gather=_gather)
+        return contrastive_loss(model(batch["image"], batch["tokens"]))
 
     def after_backward(self) -> None:
         """Back from where sharpness-aware minimisation took the gradient."""
@@ -63,31 +61,10 @@ class ClipObjective(Objective):
     def _ascend(self, model: nn.Module, batch: Batch) -> None:
         """Moves the weights by rho along the gradient of this worker's own pairs (Foret et al. 2021, equation 2)."""
         parameters = list(model.parameters())
-        gradients = torch.autograd.grad(_contrastive(model, batch, rank=0, gather=lambda x: x).loss, parameters)
+        loss = local_contrastive_loss(model(batch["image"], batch["tokens"])).loss
+        gradients = torch.autograd.grad(loss, parameters)
         scale = self.config.sam_rho / (nn.utils.get_total_norm(gradients) + 1e-12)
         self._before_ascent = [parameter.detach().clone() for parameter in parameters]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.data.add_(gradient * scale)
         torch.clear_autocast_cache()  # it holds low-precision copies of the weights before the move
-
-
-def _contrastive(
-    model: nn.Module, batch: Batch, *, rank: int, gather: Callable[[torch.Tensor], torch.Tensor]
-) -> LossOutput:
-    image, text, scale = model(batch["image"], batch["tokens"])
-    target = rank * image.shape[0] + torch.arange(image.shape[0], device=image.device)
-    to_text, to_image = scale * image @ gather(text).T, scale * text @ gather(image).T
-    loss = (functional.cross_entropy(to_text, target) + functional.cross_entropy(to_image, target)) / 2
-    accuracy = (to_text.argmax(dim=1) == target).float().mean()
-    return LossOutput(loss, {"accuracy": accuracy, "logit_scale": scale.detach()})
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _gather(features: torch.Tensor) -> torch.Tensor:
-    """(B, D) of this worker -> (world x B, D) of all, with gradients that flow back to the worker they came from."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return features
-    return torch.cat(torch.distributed.nn.functional.all_gather(features), dim=0)

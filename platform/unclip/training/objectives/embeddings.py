@@ -10,6 +10,15 @@ from unclip.models.normalizer import EmbeddingNormalizerConfig, from_statistics,
 from unclip.training.objectives.base import NormalizationName
 
 
+def check_embed_dim(model_dim: int, embed_dim: int) -> None:
+    """Raises `ConfigError` where the model was configured for embeddings of another size."""
+    if model_dim != embed_dim:
+        raise ConfigError(
+            f"objective.stage.model.embed_dim = {model_dim}: the CLIP of this run gives embeddings of {embed_dim} numbers; "
+            f"set it to {embed_dim}"
+        )
+
+
 def fit_normalizer(
     normalization: NormalizationName, model_dim: int, embed_dim: int, statistics: Mapping[str, Any] | None
 ) -> EmbeddingNormalizerConfig:
@@ -17,11 +26,7 @@ def fit_normalizer(
 
     Raises `ConfigError` where the model was configured for another size, or whitening lacks statistics.
     """
-    if model_dim != embed_dim:
-        raise ConfigError(
-            f"objective.stage.model.embed_dim = {model_dim}: the CLIP of this run gives embeddings of {embed_dim} numbers; "
-            f"set it to {embed_dim}"
-        )
+    check_embed_dim(model_dim, embed_dim)
     if normalization == "scale":
         return paper_scale(embed_dim)
     if statistics is None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.data.batches import BatchSpec
+from unclip.diffusion.losses import DiffusionLossConfig
 from unclip.models.prior import PriorCondition
 from unclip.models.text import caption_mask
 from unclip.pipelines.stages import PriorStageConfig
 from unclip.training.objectives.base import (
     BaseObjectiveConfig,
     Batch,
+    DenoisingLoss,
+    DiffusionObjective,
     LossOutput,
     NormalizationName,
-    Objective,
-    denoising_loss,
 )
 from unclip.training.objectives.embeddings import fit_normalizer
 from unclip.utils.random import SampleGenerator
@@ -29,10 +31,17 @@ class PriorObjectiveConfig(BaseObjectiveConfig):
 
     kind: Literal["prior"] = "prior"
     stage: PriorStageConfig
+    loss: DiffusionLossConfig = DiffusionLossConfig()
+    """What is minimised."""
     text_drop_prob: float = Field(default=0.1, ge=0, le=1)
     """Share of samples that see neither caption nor z_t (paper: 10%), for classifier-free guidance."""
     normalization: NormalizationName = "scale"
     """Unit variance of z_i by the paper's constant (`scale`) or by the data's statistics (`whiten`)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PriorObjectiveConfig:
+        self.loss.check(self.stage.diffusion)
+        return self
 
     @property
     def embedding_columns(self) -> tuple[str, ...]:
@@ -43,11 +52,7 @@ class PriorObjectiveConfig(BaseObjectiveConfig):
         return self.model_copy(update={"stage": self.stage.model_copy(update={"normalizer": normalizer})})
 
     def batch_spec(self) -> BatchSpec:
-        return BatchSpec(
-            tokenizer="simple",
-            context_length=self.stage.model.context_length,
-            embeddings=self.embedding_columns,
-        )
+        return caption_and_embeddings(self.stage.model.context_length, self.embedding_columns)
 
     def stage_config(self) -> PriorStageConfig:
         return self.stage
@@ -56,23 +61,34 @@ class PriorObjectiveConfig(BaseObjectiveConfig):
         return PriorObjective(self)
 
 
-class PriorObjective(Objective):
+class PriorObjective(DiffusionObjective):
     """MSE between the predicted and the true normalised z_i."""
 
     def __init__(self, config: PriorObjectiveConfig) -> None:
         self.config = config
         self.model = config.stage.model.build()
-        self.process = config.stage.diffusion.build()
+        self.denoising = DenoisingLoss(config.stage.diffusion.build(), config.loss)
         self.normalizer = config.stage.normalizer.build()
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
-        tokens = batch["tokens"].long()
-        cond = PriorCondition(
-            text_embed=batch["text_embed"].float(),
-            tokens=tokens,
-            text_mask=caption_mask(tokens),
-            text_dropped=generator.child("text drop").uniform() < self.config.text_drop_prob,
-        )
-        self.normalizer.to(tokens.device)
+        cond = prior_condition(batch, generator, self.config.text_drop_prob)
+        self.normalizer.to(cond.tokens.device)
         x_start = self.normalizer.normalize(batch["image_embed"].float())
-        return denoising_loss(self.process, model, x_start, cond, generator)
+        return self.denoising(model, x_start, cond, generator)
+
+
+def caption_and_embeddings(context_length: int, columns: tuple[str, ...]) -> BatchSpec:
+    """The batches of either prior."""
+    return BatchSpec(tokenizer="simple", context_length=context_length, embeddings=columns)
+
+
+def prior_condition(batch: Batch, generator: SampleGenerator, text_drop_prob: float) -> PriorCondition:
+    """What either prior is told of a training batch."""
+    tokens = batch["tokens"].long()
+    dropped: torch.Tensor = generator.child("text drop").uniform() < text_drop_prob
+    return PriorCondition(
+        text_embed=batch["text_embed"].float(),
+        tokens=tokens,
+        text_mask=caption_mask(tokens),
+        text_dropped=dropped,
+    )

@@ -8,16 +8,11 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.data.batches import BatchSpec
-from unclip.models.upsampler import UpsamplerCondition
+from unclip.diffusion.losses import DiffusionLossConfig
 from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import UpsamplerStageConfig
-from unclip.training.objectives.base import (
-    BaseObjectiveConfig,
-    Batch,
-    LossOutput,
-    Objective,
-    denoising_loss,
-)
+from unclip.pipelines.stages.upsampler import low_res_condition
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, DenoisingLoss, DiffusionObjective, LossOutput
 from unclip.utils.random import SampleGenerator
 
 
@@ -26,6 +21,8 @@ class UpsamplerObjectiveConfig(BaseObjectiveConfig):
 
     kind: Literal["upsampler"] = "upsampler"
     stage: UpsamplerStageConfig
+    loss: DiffusionLossConfig = DiffusionLossConfig()
+    """What is minimised, and how timesteps are drawn."""
     crop_fraction: float = Field(default=0.25, gt=0, le=1)
     """Side of the random training crop as a fraction of the target's (paper: a quarter)."""
     degradation: Literal["none", "blur", "bsr"]
@@ -70,14 +67,24 @@ class UpsamplerObjectiveConfig(BaseObjectiveConfig):
         return UpsamplerObjective(self)
 
 
-class UpsamplerObjective(Objective):
-    """The stage's diffusion loss on a crop, conditioned on the degraded low-res crop."""
+class UpsamplerObjective(DiffusionObjective):
+    """The stage's diffusion loss on a crop, conditioned on the degraded low-res crop.
+
+    With noise conditioning every sample draws the level of its noise, all timesteps equally likely.
+    """
 
     def __init__(self, config: UpsamplerObjectiveConfig) -> None:
         self.config = config
         self.model = config.stage.model.build()
         self.process = config.stage.diffusion.build()
+        self.denoising = DenoisingLoss(self.process, config.loss)
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
-        cond = UpsamplerCondition(low_res=to_signed(batch["low_res"]))
-        return denoising_loss(self.process, model, to_signed(batch["image"]), cond, generator)
+        image = to_signed(batch["image"])
+        level = None
+        if self.config.stage.model.noise_conditioning:
+            level = generator.child("low-res noise level").integers(self.process.num_train_timesteps)
+        cond = low_res_condition(
+            to_signed(batch["low_res"]), image.shape[-1], self.process, noise_level=level, generator=generator
+        )
+        return self.denoising(model, image, cond, generator)

@@ -1,0 +1,67 @@
+"""The noised classifier (Dhariwal and Nichol 2021, section 4)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from unclip.data.batches import BatchSpec
+from unclip.pipelines.stages import ClassifierStageConfig
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
+from unclip.training.objectives.noising import noised_pictures
+from unclip.utils.random import SampleGenerator
+
+QUARTERS = 4
+"""Ranges of timesteps, from the least noise to the most, whose accuracy is reported apart."""
+
+
+class ClassifierObjectiveConfig(BaseObjectiveConfig):
+    """Training of a noised classifier."""
+
+    kind: Literal["classifier"] = "classifier"
+    stage: ClassifierStageConfig
+
+    def batch_spec(self) -> BatchSpec:
+        stage = self.stage
+        return BatchSpec(image_size=stage.image_size, label_column=stage.label_column, classes=stage.classes)
+
+    def stage_config(self) -> ClassifierStageConfig:
+        return self.stage
+
+    def with_classes(self, classes: tuple[str, ...]) -> ClassifierObjectiveConfig:
+        """This objective for records whose label column holds these values."""
+        return self.merged({"stage": {"classes": classes}})
+
+    def build(self) -> ClassifierObjective:
+        return ClassifierObjective(self)
+
+
+class ClassifierObjective(Objective):
+    """Cross-entropy of the class of a noised picture, each at a timestep of its own."""
+
+    def __init__(self, config: ClassifierObjectiveConfig) -> None:
+        self.model = config.stage.build()
+        self.process = config.stage.diffusion.build()
+
+    def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+        x_t, timesteps = noised_pictures(self.process, batch["image"], generator)
+        logits, label = model(x_t, timesteps), batch["label"]
+        is_right = (logits.argmax(dim=1) == label).float()
+        metrics = {"accuracy": is_right.mean()} | self._by_quarter(is_right, timesteps)
+        return LossOutput(functional.cross_entropy(logits, label), metrics)
+
+    def _by_quarter(self, is_right: torch.Tensor, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`accuracy_t1` (least noise) to `accuracy_t4` (most): unbiased, as means of them over batches must be.
+
+        Divided by the share of timesteps in the quarter, not by how many samples fell into it: that may be none.
+        """
+        total = self.process.num_train_timesteps
+        quarters = timesteps * QUARTERS // total
+        sizes = torch.bincount(torch.arange(total) * QUARTERS // total, minlength=QUARTERS).tolist()
+        return {
+            f"accuracy_t{quarter + 1}": (is_right * (quarters == quarter)).mean() * total / max(1, size)
+            for quarter, size in enumerate(sizes)
+        }
