@@ -54,6 +54,9 @@ def connect() -> None:
         # A worker process takes seconds to start; by default idle ones are ended after one second.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+        # Ray Train asks the dashboard, which is not there, how its controller is, and every run would wait 12 s at its
+        # end for that question to give up; an address that refuses at once answers it.
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
         ray.init(
             address="local",
             num_cpus=local_cpus(),
