@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 12
+PEER ?= /tmp/d2p
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test format pins clean
+.PHONY: demo test bench format pins clean
 
 demo: STARTED := $(shell date +%s)
 demo: $(VENV)/.installed-demo
@@ -15,8 +16,14 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# Ours and the peers', on a machine that does nothing else; benchmarks/README.md says how to make dalle2-pytorch's environment.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.networks --results benchmarks/results $(if $(wildcard $(PEER)/bin/python),--peer-python $(PEER)/bin/python)
+	$(BIN)/python -m benchmarks.report
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
