@@ -18,7 +18,7 @@ from torch.nn import functional
 from unclip.config.base import Config
 from unclip.models.condition import Condition, PreparedCondition
 from unclip.models.layers import KeyValueCache, Prefix, TimestepMLP, Transformer, causal_mask, zero_init
-from unclip.models.text import check_caption
+from unclip.models.text import caption_mask, check_caption
 
 _STEP_TOKENS = 3  # timestep, noised image embedding, final query
 
@@ -79,6 +79,15 @@ class PriorCondition(Condition):
     tokens: torch.Tensor
     text_mask: torch.Tensor
     text_dropped: torch.Tensor
+
+    @classmethod
+    def of_captions(
+        cls, text_embed: torch.Tensor, tokens: torch.Tensor, text_dropped: torch.Tensor | None = None
+    ) -> PriorCondition:
+        """Captions given as tokens, whose mask follows from them; `text_dropped` None: no row is dropped."""
+        if text_dropped is None:
+            text_dropped = tokens.new_zeros(len(tokens), dtype=torch.bool)
+        return cls(text_embed.float(), tokens.long(), caption_mask(tokens), text_dropped)
 
     def unconditional(self) -> PriorCondition:
         return dataclasses.replace(self, text_dropped=torch.ones_like(self.text_dropped))

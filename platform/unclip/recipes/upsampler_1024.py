@@ -57,8 +57,8 @@ def debug() -> TrainConfig:
 def demo() -> TrainConfig:
     """Predicts the picture instead of the noise, for the reason that the demo's decoder does.
 
-    BSR takes 12 ms a crop, which the training step beside it on the same two cores lacks: so only a fifth is degraded. Crops
-    of half the paper's side, twice as many a step: what little it learns in a minute is colours, and those want variety.
+    What little it learns in a minute is colours: so only a fifth of the crops is degraded, and they have half the paper's
+    side, twice as many a step, since colours want variety.
     """
     unet = UNetConfig(in_channels=6, channels=48, channel_mult=(1, 2), depth=1, patch_size=8, image_size=1024)
     return TrainConfig(

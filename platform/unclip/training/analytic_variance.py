@@ -16,7 +16,6 @@ from unclip.data.manifest import DataError, Manifest, read_slices, scan
 from unclip.diffusion.guidance import ConditionT, Denoise
 from unclip.diffusion.process import DiffusionProcess
 from unclip.models.prior import PriorCondition, PriorModel
-from unclip.models.text import caption_mask
 from unclip.pipelines.bundle import Bundle, BundleError, save_stage
 from unclip.pipelines.stages import PriorStageConfig
 from unclip.utils.progress import progress_bar
@@ -95,7 +94,7 @@ def measure(
     batches = list(_batches(manifest, stage.model.context_length, config))
     with progress_bar(len(batches) * process.num_train_timesteps, "step", title="analytic variance") as bar:
         for batch in batches:
-            cond = model.prepare(_condition(batch))
+            cond = model.prepare(PriorCondition.of_captions(batch["text_embed"], batch["tokens"]))
             x_start = normalizer.normalize(batch["image_embed"])
             streams = SampleGenerator.for_samples(config.seed, batch["id"])
             errors += len(x_start) * noise_error(
@@ -168,13 +167,3 @@ def _batches(
         left -= rows
         if left == 0:
             return
-
-
-def _condition(batch: dict[str, torch.Tensor]) -> PriorCondition:
-    tokens = batch["tokens"].long()
-    return PriorCondition(
-        text_embed=batch["text_embed"].float(),
-        tokens=tokens,
-        text_mask=caption_mask(tokens),
-        text_dropped=tokens.new_zeros(len(tokens), dtype=torch.bool),
-    )

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional
 
 from unclip.models.prior import PriorCondition
-from unclip.models.text import caption_mask
 from unclip.utils.random import SampleGenerator
 
 Draw = Callable[[PriorCondition, SampleGenerator], torch.Tensor]
@@ -32,12 +31,7 @@ def best_of_draws(
     batch = len(text_embed)
     streams = SampleGenerator(torch.cat([generator.child(f"draw {index}").keys for index in range(num_draws)]))
     text_embed, tokens = text_embed.repeat(num_draws, 1), tokens.repeat(num_draws, 1)
-    cond = PriorCondition(
-        text_embed=text_embed,
-        tokens=tokens,
-        text_mask=caption_mask(tokens),
-        text_dropped=tokens.new_zeros(len(tokens), dtype=torch.bool),
-    )
+    cond = PriorCondition.of_captions(text_embed, tokens)
     image_embed = functional.normalize(draw(cond, streams), dim=1)
     similarity = (image_embed * functional.normalize(text_embed, dim=1)).sum(dim=1).view(num_draws, batch)
     best = similarity.argmax(dim=0)

@@ -12,7 +12,6 @@ from torch import nn
 from unclip.data.batches import BatchSpec
 from unclip.diffusion.losses import DiffusionLossConfig
 from unclip.models.prior import PriorCondition
-from unclip.models.text import caption_mask
 from unclip.pipelines.stages import PriorStageConfig
 from unclip.training.objectives.base import (
     BaseObjectiveConfig,
@@ -84,11 +83,5 @@ def caption_and_embeddings(context_length: int, columns: tuple[str, ...]) -> Bat
 
 def prior_condition(batch: Batch, generator: SampleGenerator, text_drop_prob: float) -> PriorCondition:
     """What either prior is told of a training batch."""
-    tokens = batch["tokens"].long()
     dropped: torch.Tensor = generator.child("text drop").uniform() < text_drop_prob
-    return PriorCondition(
-        text_embed=batch["text_embed"].float(),
-        tokens=tokens,
-        text_mask=caption_mask(tokens),
-        text_dropped=dropped,
-    )
+    return PriorCondition.of_captions(batch["text_embed"], batch["tokens"], dropped)
