@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 from PIL import Image
+from tests.support import s3
+from tests.support.s3 import ObjectStore
 
 from unclip.pipelines.bundle import ClipReference, save_stage
 from unclip.pipelines.stages import stage_config_from_dict
@@ -24,25 +24,16 @@ PIXELS = 16
 
 
 @pytest.fixture(scope="session")
-def object_store() -> Iterator[str]:
-    """Address of an empty bucket on an S3-compatible server of our own, found through the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
+def disturbed_store() -> Iterator[ObjectStore]:
+    """An S3-compatible server of our own behind a proxy that can disturb it, found through the environment."""
+    with s3.object_store() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def object_store(disturbed_store: ObjectStore) -> str:
+    """Address of an empty bucket."""
+    return disturbed_store.uri
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,9 +50,17 @@ def ray_session(object_store: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of 120 records in 3 shards; every pixel of record i has the value i in red, so a picture tells its id."""
-    folder = tmp_path_factory.mktemp("records")
-    first = 0
-    for number, rows in enumerate(ROWS_OF_FILES):
+    return _write_records(tmp_path_factory.mktemp("records"), 0, ROWS_OF_FILES)
+
+
+@pytest.fixture(scope="session")
+def more_records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `records`: those from 120 to 169, in a folder of their own."""
+    return _write_records(tmp_path_factory.mktemp("more_records"), sum(ROWS_OF_FILES), (20, 30))
+
+
+def _write_records(folder: Path, first: int, rows_of_files: tuple[int, ...]) -> str:
+    for number, rows in enumerate(rows_of_files):
         ids = range(first, first + rows)
         columns = {
             "id": pa.array(ids, pa.int64()),

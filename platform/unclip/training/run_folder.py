@@ -60,10 +60,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of the run as it went, by step: a restart takes back what was logged behind its checkpoint."""
-        if not storage.exists(self._metrics_uri):
-            return []
         records: list[dict[str, Any]] = []
-        for line in storage.read_bytes(self._metrics_uri).decode().splitlines():
+        for line in storage.read_lines(self._metrics_uri):
             record = json.loads(line)
             while records and records[-1]["step"] >= record["step"]:
                 records.pop()

@@ -1,6 +1,6 @@
 """Files on local disk or object storage under one set of names: the only place that opens a path or `s3://` address.
 
-Credentials, region and endpoint come from the environment (`AWS_ENDPOINT_URL` for a custom one), as s3fs reads them.
+What cannot be read or written raises `OSError` naming it. `unclip.utils.s3` says what S3 does beyond that.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import posixpath
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+
+PART_LINES = 256
+"""Lines in a part of a file that grows on an object store."""
 
 
 def is_local(uri: str) -> bool:
@@ -29,8 +32,14 @@ def absolute(uri: str) -> str:
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `uri` and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(absolute(uri))
+    """The file system of `uri` and the path inside it. It may be used from any thread and remembers no listings."""
+    uri = absolute(uri)
+    if uri.startswith(("s3://", "s3a://")):
+        from unclip.utils.s3 import connection  # here, since it takes a second that local runs can do without
+
+        fs = connection()
+        return fs, fs._strip_protocol(uri)
+    fs, path = fsspec.core.url_to_fs(uri)
     return fs, path
 
 
@@ -40,24 +49,35 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    """Whether there is a file or folder; raises `OSError` where that cannot be found out."""
+    return _info(uri) is not None
 
 
 def names(uri: str) -> list[str]:
     """Sorted names directly under a folder; empty where the folder does not exist."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    if not fs.exists(path):
+    try:
+        entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
+    except FileNotFoundError:
         return []
-    return sorted(posixpath.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False))
+    # Some tools mark a folder on an object store by an empty object of its name.
+    return sorted(posixpath.basename(entry) for entry in entries if entry != path.rstrip("/"))
 
 
 def size(uri: str) -> int | None:
     """Bytes of a file; None where there is none."""
+    info = _info(uri)
+    return int(info["size"]) if info is not None and info["type"] == "file" else None
+
+
+def _info(uri: str) -> dict[str, Any] | None:
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    return int(fs.size(path)) if fs.isfile(path) else None
+    try:
+        info = fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    assert isinstance(info, dict)
+    return info
 
 
 def make_folder(uri: str) -> None:
@@ -69,7 +89,7 @@ def make_folder(uri: str) -> None:
 def remove(uri: str) -> None:
     """Deletes a file or a whole folder; nothing happens where there is none."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
+    with suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 
@@ -107,15 +127,35 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def append_line(uri: str, line: str) -> None:
-    """Adds one line to a file; object stores rewrite the whole file, so keep those short."""
+    """Adds one line to a file. There must be one writer.
+
+    Object stores cannot add to what is there: on them `uri` is a folder of parts, of which the last one is written anew
+    with each line until it has `PART_LINES`. So a line is safe when the call returns, and its cost does not grow.
+    """
     if is_local(uri):
         path = Path(absolute(uri))
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         return
-    before = read_bytes(uri) if exists(uri) else b""
-    write_bytes(uri, before + line.encode() + b"\n")
+    parts = names(uri)
+    lines = _lines(join(uri, parts[-1])) if parts else []
+    if parts and len(lines) < PART_LINES:
+        number = len(parts) - 1
+    else:
+        number, lines = len(parts), []
+    write_bytes(join(uri, f"{number:08d}"), "".join(f"{text}\n" for text in [*lines, line]).encode())
+
+
+def read_lines(uri: str) -> list[str]:
+    """What `append_line` has added, oldest first; empty where there is nothing."""
+    if is_local(uri):
+        return _lines(uri) if exists(uri) else []
+    return [line for part in names(uri) for line in _lines(join(uri, part))]
+
+
+def _lines(uri: str) -> list[str]:
+    return read_bytes(uri).decode().split("\n")[:-1]
 
 
 @contextmanager
@@ -156,5 +196,5 @@ def check_writable(uri: str) -> None:
     try:
         write_bytes(probe, b"")
         remove(probe)
-    except Exception as error:  # every back end has errors of its own
+    except (OSError, ValueError) as error:
         raise OSError(f"{uri!r} cannot be written: {error}") from error

@@ -14,18 +14,39 @@ def root(request, tmp_path) -> str:
     return str(tmp_path / "root") if request.param == "local" else f"memory://{tmp_path.name}/root"
 
 
-def test_json_bytes_lines_names_and_removal(root: str) -> None:
+def test_json_bytes_names_and_removal(root: str) -> None:
     assert storage.names(root) == []
     storage.write_json(storage.join(root, "a", "b.json"), {"x": 1})
-    storage.append_line(storage.join(root, "log"), "one")
-    storage.append_line(storage.join(root, "log"), "two")
+    storage.write_bytes(storage.join(root, "log"), b"one\ntwo\n")
     assert storage.read_json(storage.join(root, "a", "b.json")) == {"x": 1}
     assert storage.read_bytes(storage.join(root, "log")) == b"one\ntwo\n"
     assert storage.names(root) == ["a", "log"]
     assert storage.size(storage.join(root, "log")) == 8
+    assert storage.size(root) is None
     assert storage.size(storage.join(root, "none")) is None
     storage.remove(storage.join(root, "a"))
     assert not storage.exists(storage.join(root, "a", "b.json"))
+
+
+def test_lines_grow_a_file(root: str) -> None:
+    log = storage.join(root, "log")
+    assert storage.read_lines(log) == []
+    lines = [f"line {number} … \u2028 with a separator that is no newline" for number in range(storage.PART_LINES + 3)]
+    for line in lines:
+        storage.append_line(log, line)
+    assert storage.read_lines(log) == lines
+    if storage.is_local(root):
+        assert storage.size(log) == sum(len(line.encode()) + 1 for line in lines)
+    else:
+        assert storage.names(log) == ["00000000", "00000001"]
+    storage.remove(log)
+    assert not storage.exists(log)
+
+
+def test_what_lies_under_a_file_does_not_exist(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    assert not storage.exists(str(tmp_path / "file" / "under"))
+    assert storage.size(str(tmp_path / "file" / "under")) is None
 
 
 def test_local_copies_and_targets(root: str) -> None:
