@@ -109,6 +109,8 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(chain: Path, openmoji: str
     summary = fit(config("killed"))
     assert killed.is_set()
     assert summary["step"] == 40
+    (data,) = summary["data"]  # 40 steps of 4 of the 48 drawings: three whole epochs and the first third of another
+    assert (data["rows"], data["left_out"], data["whole_epochs"], data["untrained"]) == (48, 0, 3, 32)
     fit(config("straight"))
     np.testing.assert_array_equal(losses(config("killed")), losses(config("straight")))
 

@@ -12,7 +12,7 @@ import ray
 from unclip.cluster import stream
 from unclip.data.batches import BatchSpec, make_batch
 from unclip.data.embedding import ClipEmbedStage
-from unclip.data.manifest import read_slices, scan
+from unclip.data.manifest import SliceReader, scan
 from unclip.data.order import RunOrder
 from unclip.models.clip import load_clip
 
@@ -21,10 +21,13 @@ CHUNK = 36
 STEPS = 15  # one epoch and a half; the epoch's last chunk is a short one
 
 
-def make_plan(records: str, *, workers: int, spec: BatchSpec | None = None, **changes: Any) -> stream.StreamPlan:
-    manifest = scan(records, ("id", "image"))
-    order = RunOrder([f.rows for f in manifest.fragments], seed=3, global_batch_size=BATCH, chunk_rows=CHUNK)
-    plan = stream.StreamPlan(manifest, order, spec or BatchSpec(image_size=8), workers, 0, STEPS * BATCH)
+def make_plan(
+    *records: str, workers: int, spec: BatchSpec | None = None, weights: tuple[float, ...] = (1.0,), **changes: Any
+) -> stream.StreamPlan:
+    manifests = tuple(scan(folder, ("id", "image")) for folder in records)
+    rows = [[fragment.rows for fragment in manifest.fragments] for manifest in manifests]
+    order = RunOrder(rows, seed=3, weights=weights, global_batch_size=BATCH, chunk_rows=CHUNK)
+    plan = stream.StreamPlan(manifests, order, spec or BatchSpec(image_size=8), workers, 0, STEPS * BATCH)
     return replace(plan, **changes)
 
 
@@ -42,11 +45,13 @@ def consume(plan: stream.StreamPlan, *, told: stream.StreamPlan | None = None) -
 
 def expected_ids(plan: stream.StreamPlan) -> np.ndarray:
     """Ids of the run in their order, from the definition alone: record ids count rows in the order of fragments."""
-    first_id = np.cumsum([0, *(fragment.rows for fragment in plan.manifest.fragments)])
+    first_id = np.cumsum([0, *(fragment.rows for manifest in plan.manifests for fragment in manifest.fragments)])
+    first_of_source = np.cumsum([0, *(len(manifest.fragments) for manifest in plan.manifests)])
     ids: list[int] = []
     for index in range(plan.order.chunk_of(plan.stop_position - 1) + 1):
         chunk = plan.order.chunk(index)
-        rows = np.concatenate([first_id[f] + np.arange(start, stop) for f, start, stop in chunk.slices])
+        slices = [(first_of_source[s] + f, a, b) for s, parts in enumerate(chunk.slices) for f, a, b in parts]
+        rows = np.concatenate([first_id[f] + np.arange(start, stop) for f, start, stop in slices])
         ids.extend(rows[chunk.permutation])
     return np.array(ids)[plan.start_position : plan.stop_position]
 
@@ -65,19 +70,34 @@ def test_every_sample_comes_once_and_at_its_place(records: str, workers: int) ->
     np.testing.assert_array_equal(run_order(got, "position"), np.arange(STEPS * BATCH))
     ids = run_order(got, "id")
     np.testing.assert_array_equal(ids, expected_ids(plan))
-    assert sorted(ids[: plan.order.samples_per_epoch]) == list(range(120))
+    assert sorted(ids[:120]) == list(range(120))
     images = run_order(got, "image")
     assert images.shape == (STEPS * BATCH, 8, 8, 3)
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images[..., 0], np.broadcast_to(ids[:, None, None], images.shape[:3]))
 
 
-def test_goes_on_in_the_middle_of_a_chunk(records: str) -> None:
-    start = 4 * BATCH  # second step of the second chunk
-    plan = make_plan(records, workers=2, start_position=start)
+def test_goes_on_in_the_middle_of_a_chunk_with_other_workers(records: str) -> None:
+    stop = 4 * BATCH  # after the first step of the second chunk
+    before = consume(make_plan(records, workers=2, stop_position=stop))
+    plan = make_plan(records, workers=3, start_position=stop)
+    after = consume(plan)
+    np.testing.assert_array_equal(run_order(after, "position"), np.arange(stop, STEPS * BATCH))
+    ids = np.concatenate([run_order(before, "id"), run_order(after, "id")])
+    np.testing.assert_array_equal(ids, expected_ids(replace(plan, start_position=0)))
+
+
+def test_two_sources_share_every_batch_and_every_worker_s_part_of_it(records: str, more_records: str) -> None:
+    """Two thirds and one third of 12 samples; ids from 120 on are the second source's."""
+    plan = make_plan(records, more_records, workers=2, weights=(2, 1))
     got = consume(plan)
-    np.testing.assert_array_equal(run_order(got, "position"), np.arange(start, STEPS * BATCH))
-    np.testing.assert_array_equal(run_order(got, "id"), expected_ids(plan))
+    ids = run_order(got, "id")
+    np.testing.assert_array_equal(ids, expected_ids(plan))
+    assert {int((step["id"] < 120).sum()) for steps in got for step in steps} == {BATCH // 3}
+    assert sorted(ids[ids < 120][:120]) == list(range(120))  # a whole epoch of each
+    assert sorted(ids[ids >= 120][:50]) == list(range(120, 170))
+    images = run_order(got, "image")
+    np.testing.assert_array_equal(images[..., 0], np.broadcast_to(ids[:, None, None], images.shape[:3]))
 
 
 def test_many_steps_in_a_unit_and_many_tasks(records: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +138,7 @@ def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
     plan = make_plan(records, workers=1, spec=spec, stop_position=5 * BATCH, clip=stream.ClipPool(tiny_clip))
     got = consume(plan)
     chunk = plan.order.chunk(0)
-    table = read_slices(plan.manifest, chunk.slices, spec.columns()).take(chunk.permutation)
+    table = SliceReader(plan.manifests, spec.columns()).read(chunk.slices).take(chunk.permutation)
     stage = ClipEmbedStage(tiny_clip)
     stage.setup()
     truth = stage.process(make_batch(table, chunk.positions, spec, plan.order.seed))

@@ -28,14 +28,15 @@ BATCH, STEPS, KILLED_AT = 12, 12, 7
 def make_run(records: str, folder: Path) -> Any:
     """A loop that sums the ids it is fed over all workers and stores where it stands after every third step."""
     manifest = scan(records, ("id", "image"))
-    order = RunOrder([f.rows for f in manifest.fragments], seed=1, global_batch_size=BATCH, chunk_rows=36)
+    order = RunOrder([[f.rows for f in manifest.fragments]], seed=1, global_batch_size=BATCH, chunk_rows=36)
     state_file, killed_file = folder / "state.json", folder / "killed"
 
     def state() -> dict[str, Any]:
         return json.loads(state_file.read_text()) if state_file.exists() else {"step": 0, "sums": []}
 
     def plan() -> stream.StreamPlan:
-        return stream.StreamPlan(manifest, order, BatchSpec(image_size=8), 2, state()["step"] * BATCH, STEPS * BATCH)
+        start = state()["step"] * BATCH
+        return stream.StreamPlan((manifest,), order, BatchSpec(image_size=8), 2, start, STEPS * BATCH)
 
     def worker(shard: ray.data.DataIterator, rank: int, device: torch.device) -> dict[str, Any]:
         now = state()
@@ -71,11 +72,11 @@ def test_a_killed_worker_costs_the_steps_since_the_last_state(records: str, tmp_
     assert answer["started_at"] == KILLED_AT // 3 * 3
     assert answer["threads"] == 3
     manifest = scan(records)
-    order = RunOrder([f.rows for f in manifest.fragments], seed=1, global_batch_size=BATCH, chunk_rows=36)
+    order = RunOrder([[f.rows for f in manifest.fragments]], seed=1, global_batch_size=BATCH, chunk_rows=36)
     first_id = np.cumsum([0, *(f.rows for f in manifest.fragments)])
     ids: list[int] = []
     for chunk in map(order.chunk, range(order.chunk_of(STEPS * BATCH - 1) + 1)):
-        rows = np.concatenate([first_id[f] + np.arange(start, stop) for f, start, stop in chunk.slices])
+        rows = np.concatenate([first_id[f] + np.arange(start, stop) for f, start, stop in chunk.slices[0]])
         ids.extend(rows[chunk.permutation])
     truth = np.array(ids)[: STEPS * BATCH].reshape(STEPS, BATCH).sum(axis=1)
     assert answer["sums"] == truth.tolist()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from unclip.data.batches import BatchSpec, make_batch
+from unclip.data.embedded_folder import EmbeddedFolder
 from unclip.data.embedding import ClipEmbedStage, EmbeddingStatistics
 from unclip.data.manifest import read_slices, scan
 from unclip.models.clip import ClipArchitectureConfig, load_clip
@@ -29,31 +24,23 @@ def save_clip(bundle: str, architecture: ClipArchitectureConfig, *, seed: int = 
     return reference.source
 
 
-def embed(records: str, out: str, clip_source: str) -> str:
+def embed(records: str, out: str, clip_source: str, *, text_states: bool = False) -> str:
     """Writes the records of a folder with their embeddings by the CLIP `clip_source` into `out`; returns `out`."""
-    manifest, clip = scan(records), load_clip(clip_source)
+    clip = load_clip(clip_source)
     spec = BatchSpec(
         clip_image_size=clip.image_size, clip_tokenizer=clip_source, clip_context_length=clip.context_length
     )
-    slices = [(index, 0, fragment.rows) for index, fragment in enumerate(manifest.fragments)]
-    table = read_slices(manifest, slices, manifest.columns)
-    stage = ClipEmbedStage(clip_source)
+    stage = ClipEmbedStage(clip_source, text_states=text_states)
     stage.setup()
-    batch = stage.process(make_batch(table, np.arange(table.num_rows), spec, seed=0))
-    for name in ("image_embed", "text_embed"):
-        column = pa.FixedSizeListArray.from_arrays(pa.array(batch[name].reshape(-1)), clip.embed_dim)
-        table = table.append_column(name, column)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, f"{out}/part-00000.parquet", row_group_size=8)
-    statistics = EmbeddingStatistics()
-    statistics.update(batch["image_embed"])
-    facts: dict[str, Any] = {
-        "clip": {"source": clip_source, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim},
-        "statistics": {
-            "mean": statistics.mean.tolist(),
-            "std": statistics.std.tolist(),
-            "count": statistics.count,
-        },
-    }
-    Path(out, "manifest.json").write_text(json.dumps(facts))
+    folder = EmbeddedFolder(scan(records), out, {"clip": clip.fingerprint})
+    folder.begin()
+    statistics = EmbeddingStatistics(clip.embed_dim)
+    for file, fragments in folder.shards.items():
+        for unit in (unit for fragment in fragments for unit in folder.units(fragment)):
+            table = read_slices(folder.source, [unit], spec.columns())
+            folder.write_part(unit, stage.process(make_batch(table, np.arange(*unit[1:]), spec, seed=0)))
+        folder.write_shard(file)
+        statistics.merge(folder.statistics([file]))
+    folder.finish({"source": clip_source, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}, statistics)
+    folder.clean()
     return out

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from unclip.data.batches import make_batch
-from unclip.data.manifest import read_slices
+from unclip.data.manifest import SliceReader
 from unclip.training.setup import PreparedRun
 
 
@@ -18,11 +18,12 @@ def local_batches(
     """This worker's share of every global batch of the run from position `start` on, without end."""
     order, spec, config = prepared.order, prepared.spec, prepared.config
     share = config.loop.global_batch_size // world_size
+    reader = SliceReader(prepared.manifests, spec.columns())
     index = order.chunk_of(start)
     while True:
         chunk = order.chunk(index)
         index += 1
-        table = read_slices(prepared.manifest, chunk.slices, spec.columns()).take(chunk.permutation)
+        table = reader.read(chunk.slices).take(chunk.permutation)
         for first in range(0, chunk.rows, share):
             positions = chunk.positions[first : first + share]
             if positions[0] < start or (positions[0] // share) % world_size != rank:

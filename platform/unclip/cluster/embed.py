@@ -1,21 +1,18 @@
-"""Frozen CLIP embeddings beside the records: the same shards with `image_embed` and `text_embed`, by a pool of CLIPs.
+"""Frozen CLIP embeddings beside the records: the same shards with further columns, by a pool of CLIPs.
 
-CPU tasks read and decode row groups, CLIP actors embed them, CPU tasks write each as a part; a shard whose parts are all
-there is put together under its old name, with its old row groups. Parts and shards appear whole or not at all, so running
-the job again does what is missing. Last comes the manifest, with the CLIP's identity and the statistics of z_i.
+CPU tasks read row groups and decode them unit by unit, CLIP actors embed units, CPU tasks write each one's embeddings;
+as soon as a shard has all of its own it is put together. `EmbeddedFolder` is what makes that safe to interrupt at any
+time. Last come the principal components, and the manifest with the CLIP's identity and the statistics of z_i.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from pydantic import Field
@@ -25,18 +22,21 @@ from unclip.cluster import preflight, session, stream
 from unclip.config.base import Config, ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
-from unclip.data.embedding import EmbeddingStatistics
-from unclip.data.manifest import FACTS_FILE, DataError, Manifest, read_slices, scan
+from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, records_identity
+from unclip.data.embedding import ClipEmbedStage, EmbeddingStatistics
+from unclip.data.manifest import FACTS_FILE, DataError, read_slices, scan
+from unclip.models.clip import ClipModel
 from unclip.training.setup import absolute_clip, load_clip_named
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
-COLUMNS = ("image_embed", "text_embed")
-_PARTS = "_parts"
-_MARKER = "_embedding.json"
 _PER_TASK = 16
 """Row groups that one task decodes, one after the other."""
-_STATISTICS = b"unclip.image_embed"
+_CLIP_CPUS = 0.99
+"""Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
+the CLIP would wait while its own process decodes."""
+_MERGED_AT_ONCE = 64
+"""Shards whose statistics one task merges."""
 
 
 class EmbedConfig(Config):
@@ -48,36 +48,24 @@ class EmbedConfig(Config):
     """Folder for the same shards with the embeddings beside; required."""
     clip: str = ""
     """An open_clip name, `hf-hub:…`, or the folder of an exported `clip` stage; required."""
+    text_states: bool = False
+    """Adds the states of all tokens of CLIP's text encoder, which a decoder may take in place of a text transformer of its
+    own: 2*L*S bytes a record, 118 kB of ViT-L/14."""
     actors: int = Field(default=1, ge=1)
     """CLIPs that work at once."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of each; 0 runs it on one CPU."""
+    microbatch: int = Field(default=64, ge=1, le=UNIT_ROWS)
+    """Records that pass a CLIP at once."""
     data_cpus: int = Field(default=1, ge=1)
     """Tasks that decode at once, and that write."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What every task needs to know."""
-
-    manifest: Manifest
-    out: str
-    spec: BatchSpec
-
-    def part(self, fragment: int) -> str:
-        """Where the embedded rows of a row group go before its shard is put together."""
-        source = self.manifest.fragments[fragment]
-        return storage.join(self.out, _PARTS, f"{source.file}.{source.row_group:05d}.parquet")
-
-    def fragments_of(self, file: str) -> list[int]:
-        return [index for index, fragment in enumerate(self.manifest.fragments) if fragment.file == file]
 
 
 def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     """Embeds what is missing and returns the manifest.
 
-    Raises `ConfigError`, `DataError`, `PreflightError` or `OSError` before anything is claimed; `DataError` where the
-    output does not have exactly the input's rows.
+    Raises `ConfigError`, `DataError`, `PreflightError` or `OSError` before anything is claimed; `DataError` naming shard
+    and record where one cannot be decoded, or has embeddings that are not finite.
     """
     for field in ("data", "out", "clip"):
         if not getattr(config, field):
@@ -85,155 +73,176 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     config = config.merged({"clip": absolute_clip(config.clip)})
     manifest = scan(config.data, ("id", "image", "caption"))
     clip = load_clip_named(config.clip)
-    facts = {"source": config.clip, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}
-    spec = BatchSpec(
-        clip_image_size=clip.image_size, clip_tokenizer=config.clip, clip_context_length=clip.context_length
-    )
-    plan = _Plan(manifest, storage.absolute(config.out), spec)
-    _check_out(plan)
+    facts = _clip_facts(config, clip)
+    identity = {"records": records_identity(manifest), "clip": clip.fingerprint, "text_states": config.text_states}
+    folder = EmbeddedFolder(manifest, storage.absolute(config.out), identity)
+    is_complete = folder.is_complete()
+    storage.check_writable(folder.uri)
     resources = ResourcesConfig(
         cpus_per_worker=0.01, data_cpus=config.data_cpus, clip_actors=config.actors, clip_gpus=config.gpus, use_gpu="no"
     )
     if dry_run:
         preflight.check_without_claiming(resources, clip_in_stream=True)
         return {"rows": manifest.rows, "clip": facts}
-    with session.session():
-        preflight.check_resources(resources, clip_in_stream=True)
-        _forget_other_clip(plan, facts)
-        _embed_missing(config, plan)
-    return _finish(plan, facts)
+    if not is_complete:
+        spec = BatchSpec(
+            clip_image_size=clip.image_size, clip_tokenizer=config.clip, clip_context_length=clip.context_length
+        )
+        with session.session(), _plain_errors():
+            preflight.check_resources(resources, clip_in_stream=True)
+            _embed_missing(config, folder, spec)
+            folder.finish(facts, _statistics(folder))
+    folder.clean()
+    scan(folder.uri, ("id", "image_embed", "text_embed"))  # refuses shards that have been changed since
+    return dict(storage.read_json(storage.join(folder.uri, FACTS_FILE)))
 
 
-def _check_out(plan: _Plan) -> None:
-    """Refuses a folder that holds anything but embeddings made here: it would be overwritten."""
-    if storage.names(plan.out) and not storage.exists(storage.join(plan.out, _MARKER)):
-        raise ConfigError(f"out = {plan.out!r}: holds files that this job did not make; choose an empty folder")
-    storage.check_writable(plan.out)
+def _clip_facts(config: EmbedConfig, clip: ClipModel) -> dict[str, Any]:
+    """What the manifest says of the CLIP."""
+    facts = {"source": config.clip, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}
+    if not config.text_states:
+        return facts
+    try:
+        return facts | {"text_states": {"context_length": clip.context_length, "state_dim": clip.text_state_dim}}
+    except ValueError as error:
+        raise ConfigError(f"text_states = true: clip = {config.clip!r}: {error}") from None
 
 
-def _forget_other_clip(plan: _Plan, facts: dict[str, Any]) -> None:
-    """Removes what an earlier run made with another CLIP or of other records; marks the folder as this run's."""
-    marker = storage.join(plan.out, _MARKER)
-    identity = {
-        "fingerprint": facts["fingerprint"],
-        "data": plan.manifest.facts.get("records_sha256", plan.manifest.uri),
-        "rows": plan.manifest.rows,
-    }
-    if storage.exists(marker) and storage.read_json(marker) == identity:
-        return
-    for name in storage.names(plan.out):
-        storage.remove(storage.join(plan.out, name))
-    storage.write_json(marker, identity)
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """An error in the data as it is, without the layers that Ray puts around what tasks raise."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) is not DataError:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
 
 
-def _embed_missing(config: EmbedConfig, plan: _Plan) -> None:
-    files = sorted({fragment.file for fragment in plan.manifest.fragments})
-    todo = [file for file in files if not storage.exists(storage.join(plan.out, file))]
-    parts = set(storage.names(storage.join(plan.out, _PARTS)))
-    wanted = [index for file in todo for index in plan.fragments_of(file)]
-    missing = [index for index in wanted if plan.part(index).rsplit("/", 1)[-1] not in parts]
-    rows_left = sum(plan.manifest.fragments[index].rows for index in missing)
-    with progress_bar(rows_left, "row", title="embed") as bar:
-        if missing:
-            for result in _dataset(config, plan, missing).iter_rows():
-                bar.update(result["rows"])
-    assemble = ray.remote(_assemble).options(num_cpus=1)
-    ray.get([assemble.remote(file, plan) for file in todo])
-    storage.remove(storage.join(plan.out, _PARTS))
+def _embed_missing(config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec) -> None:
+    found = folder.begin()
+    todo = {file: parts for file, parts in folder.shards.items() if folder.receipt_name(file) not in found}
+    left = {file: set().union(*map(folder.parts, fragments)) - found for file, fragments in todo.items()}
+    missing = [
+        fragment for file, fragments in todo.items() for fragment in fragments if folder.parts(fragment) & left[file]
+    ]
+    rows_left = sum(folder.source.fragments[fragment].rows for fragment in missing)
+    shards = _ShardWriters(folder, config.data_cpus)
+    total = folder.source.rows
+    with progress_bar(total, "image", done=total - rows_left, title="embed") as bar:
+        for file in todo:
+            if not left[file]:
+                shards.write(file)
+        for part in _dataset(config, folder, spec, missing).iter_rows() if missing else ():
+            bar.update(part["rows"])
+            left[part["file"]].discard(part["name"])
+            if not left[part["file"]]:
+                shards.write(part["file"])
+        shards.wait()
 
 
-def _dataset(config: EmbedConfig, plan: _Plan, fragments: Sequence[int]) -> ray.data.Dataset:
-    """One row for each row group that was embedded and written."""
-    pool = stream.ClipPool(config.clip, config.actors, config.gpus)
-    with ray.data.DataContext.current(stream.data_context()):
+class _ShardWriters:
+    """Puts shards together beside the embedding, at most `limit` at once."""
+
+    def __init__(self, folder: EmbeddedFolder, limit: int) -> None:
+        # Beside the decoders, which keep their CPUs while they wait for what comes behind them.
+        self._task = ray.remote(_write_shard).options(num_cpus=0.01)
+        self._folder = ray.put(folder)
+        self._limit = limit
+        self._running: list[ray.ObjectRef[None]] = []
+
+    def write(self, file: str) -> None:
+        if len(self._running) >= self._limit:
+            self.wait(1)
+        self._running.append(self._task.remote(self._folder, file))
+
+    def wait(self, count: int | None = None) -> None:
+        """Returns when `count` more are done, or all; raises what went wrong in them."""
+        if self._running:
+            done, self._running = ray.wait(self._running, num_returns=count or len(self._running))
+            ray.get(done)
+
+
+def _write_shard(folder: EmbeddedFolder, file: str) -> None:
+    folder.write_shard(file)
+
+
+def _dataset(
+    config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec, fragments: Sequence[int]
+) -> ray.data.Dataset:
+    """One row for each part that was written."""
+    context = stream.data_context()
+    context.execution_options.preserve_order = False  # tasks of many units would wait for their turn
+    with ray.data.DataContext.current(context):
         tasks = [{"fragments": list(fragments[i : i + _PER_TASK])} for i in range(0, len(fragments), _PER_TASK)]
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
         dataset = dataset.map_batches(
-            partial(_decode, plan=plan), batch_size=None, num_cpus=1, compute=TaskPoolStrategy(size=config.data_cpus)
+            partial(_decode, folder=folder, spec=spec),
+            batch_size=None,
+            num_cpus=1,
+            compute=TaskPoolStrategy(size=config.data_cpus),
         )
         dataset = dataset.map_batches(
-            stream.ClipActor,
-            fn_constructor_args=(pool,),
+            _Embedder,
+            fn_constructor_args=(config,),
             batch_size=None,
             compute=ActorPoolStrategy(size=config.actors),
-            **({"num_gpus": config.gpus} if config.gpus else {"num_cpus": 1}),
+            **({"num_gpus": config.gpus} if config.gpus else {"num_cpus": _CLIP_CPUS}),
         )
         return dataset.map_batches(
-            partial(_write, plan=plan),
+            partial(_write, folder=folder),
             batch_size=None,
             num_cpus=0.01,  # beside the decoders, which keep their CPUs while they wait for the writers
             compute=TaskPoolStrategy(size=config.data_cpus),
         )
 
 
-def _decode(tasks: Batch, plan: _Plan) -> Iterator[Batch]:
-    """Row groups as CLIP wants them, one a row."""
-    for fragment in tasks["fragments"][0]:
-        rows = plan.manifest.fragments[int(fragment)].rows
-        table = read_slices(plan.manifest, [(int(fragment), 0, rows)], plan.spec.columns())
-        batch = make_batch(table, np.arange(rows), plan.spec, seed=0)
-        yield {"fragment": np.array([fragment])} | {name: array[np.newaxis] for name, array in batch.items()}
+def _decode(tasks: Batch, folder: EmbeddedFolder, spec: BatchSpec) -> Iterator[Batch]:
+    """Row groups as CLIP wants them, a unit in each row."""
+    for fragment in map(int, tasks["fragments"][0]):
+        source = folder.source.fragments[fragment]
+        table = read_slices(folder.source, [(fragment, 0, source.rows)], spec.columns())
+        for unit in folder.units(fragment):
+            _, start, stop = unit
+            try:
+                batch = make_batch(table.slice(start, stop - start), np.arange(start, stop), spec, seed=0)
+            except DataError as error:
+                raise DataError(f"{storage.join(folder.source.uri, source.file)!r}: {error}") from error
+            yield {"unit": np.array([unit])} | {name: array[np.newaxis] for name, array in batch.items()}
 
 
-def _write(units: Batch, plan: _Plan) -> Iterator[Batch]:
-    """Each row group with its embeddings as a part; answers the number of rows."""
-    for index, fragment in enumerate(units["fragment"]):
-        rows = plan.manifest.fragments[int(fragment)].rows
-        records = read_slices(plan.manifest, [(int(fragment), 0, rows)], plan.manifest.columns)
-        if not np.array_equal(records.column("id").to_numpy(), units["id"][index]):
-            raise DataError(f"{plan.manifest.uri!r} changed while it was embedded: row group {fragment} has other ids")
-        for name in COLUMNS:
-            column = _as_column(units[name][index])
-            position = records.schema.get_field_index(name)
-            records = records.remove_column(position) if position >= 0 else records
-            records = records.append_column(name, column)
-        with storage.local_target(plan.part(int(fragment))) as path:
-            pq.write_table(records, path, compression="none", row_group_size=max(1, rows))
-        yield {"rows": np.array([rows])}
+class _Embedder(stream.ClipActor):
+    """Units in, the same units with CLIP's embeddings out."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        device = "cuda" if config.gpus else "cpu"
+        self.stage = ClipEmbedStage(config.clip, device, microbatch=config.microbatch, text_states=config.text_states)
+        self.stage.setup()
 
 
-def _as_column(vectors: np.ndarray[Any, Any]) -> pa.Array:
-    """(B, D) float16 -> fixed-size lists."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+def _write(units: Batch, folder: EmbeddedFolder) -> Iterator[Batch]:
+    """Keeps each unit's embeddings; answers with the part's name, its shard's, and the number of rows."""
+    for index, (fragment, start, stop) in enumerate(units["unit"].tolist()):
+        unit = (fragment, start, stop)
+        folder.write_part(unit, {name: array[index] for name, array in units.items()})
+        file = folder.source.fragments[fragment].file
+        yield {"name": np.array([folder.part_name(unit)]), "file": np.array([file]), "rows": np.array([stop - start])}
 
 
-def _assemble(file: str, plan: _Plan) -> None:
-    """The shard from its parts, one row group each, with the statistics of its image embeddings in its metadata."""
-    statistics, writer = EmbeddingStatistics(), None
-    with storage.local_target(storage.join(plan.out, file)) as path:
-        for fragment in plan.fragments_of(file):
-            with storage.local_file(plan.part(fragment)) as part:
-                table = pq.read_table(part)
-            statistics.update(_vectors(table))
-            writer = writer or pq.ParquetWriter(path, table.schema, compression="none")
-            writer.write_table(table, row_group_size=max(1, table.num_rows))
-        assert writer is not None
-        writer.add_key_value_metadata({_STATISTICS: json.dumps(statistics.to_dict()).encode()})
-        writer.close()
+def _statistics(folder: EmbeddedFolder) -> EmbeddingStatistics:
+    """Of all image embeddings; merged in the order of the shards, so that every run gives the same bits."""
+    files, shared = list(folder.shards), ray.put(folder)
+    merge = ray.remote(_merged).options(num_cpus=0.01)
+    groups = [files[i : i + _MERGED_AT_ONCE] for i in range(0, len(files), _MERGED_AT_ONCE)]
+    first, *others = [merge.remote(shared, group) for group in groups]
+    statistics: EmbeddingStatistics = ray.get(first)
+    for other in others:
+        statistics.merge(ray.get(other))
+    return statistics
 
 
-def _vectors(table: pa.Table) -> np.ndarray[Any, Any]:
-    column = table.column("image_embed").combine_chunks()
-    values: np.ndarray[Any, Any] = column.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
-    return values
-
-
-def _finish(plan: _Plan, clip: dict[str, Any]) -> dict[str, Any]:
-    """Checks that every row is there, and writes the manifest: the mark that the folder is complete."""
-    made = scan(plan.out, ("id", *COLUMNS))
-    if [f.rows for f in made.fragments] != [f.rows for f in plan.manifest.fragments]:
-        raise DataError(f"{plan.out!r} has {made.rows} rows for {plan.manifest.rows} in {plan.manifest.uri!r}")
-    statistics = EmbeddingStatistics()
-    for file in sorted({fragment.file for fragment in made.fragments}):
-        fs, path = storage.filesystem(storage.join(plan.out, file))
-        with fs.open(path, "rb") as stream_of_shard:
-            stored = pq.read_metadata(stream_of_shard).metadata[_STATISTICS]
-        statistics.merge(EmbeddingStatistics.from_dict(json.loads(stored)))
-    source = {name: fact for name, fact in plan.manifest.facts.items() if name != "files"}
-    facts = source | {
-        "rows": made.rows,
-        "clip": clip,
-        "statistics": {"count": statistics.count, "mean": statistics.mean.tolist(), "std": statistics.std.tolist()},
-    }
-    storage.write_json(storage.join(plan.out, FACTS_FILE), facts)
-    return facts
+def _merged(folder: EmbeddedFolder, files: Sequence[str]) -> EmbeddingStatistics:
+    return folder.statistics(files)

@@ -47,6 +47,7 @@ def fit(config: TrainConfig) -> dict[str, Any]:
             preflight.check_resources(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
             run.open(config)
             summary = _train(prepared, run)
+            summary["data"] = prepared.data_report(summary["samples_seen"])
         run.finish(summary)
     if config.bundle is not None:
         publish(config)
@@ -100,7 +101,7 @@ def _plan(prepared: PreparedRun, newest: checkpoint.Checkpoint | None) -> stream
     if start_position >= stop_position:
         return None
     return stream.StreamPlan(
-        manifest=prepared.manifest,
+        manifests=prepared.manifests,
         order=prepared.order,
         spec=prepared.spec,
         num_workers=config.resources.num_workers,
@@ -127,6 +128,6 @@ def _refuse_lost_paths(config: TrainConfig) -> None:
     """A submitted job runs in a temporary folder of the head node: what it wrote there would be gone with it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
-    for field, uri in (("run", config.run), ("bundle", config.bundle), ("data.path", config.data.path)):
+    for field, uri in ({"run": config.run, "bundle": config.bundle} | config.data.paths).items():
         if uri and storage.is_local(uri) and not os.path.isabs(uri.removeprefix("file://")):
             raise ConfigError(f"{field} = {uri!r}: a submitted job needs an absolute path or an s3:// address")

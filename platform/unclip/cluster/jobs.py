@@ -30,7 +30,8 @@ def train_job(
         if arguments.dry_run:
             prepared = check(config)
             print(prepared.config.to_json())
-            print(f"{prepared.manifest.rows} records, {prepared.order.samples_per_epoch} trained in each epoch")
+            for manifest, source in zip(prepared.manifests, prepared.order.sources, strict=True):
+                print(f"{manifest.uri}: {source.rows} records, {source.samples_per_epoch} trained in each epoch")
             return 0
         summary = fit(config)
     except REFUSALS as error:

@@ -33,7 +33,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from unclip.data.batches import Batch, BatchSpec, make_batch
-from unclip.data.manifest import Manifest, read_slices
+from unclip.data.manifest import Manifest, SliceReader
 from unclip.data.order import Chunk, RunOrder
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ class StreamPlan:
     """What to stream: a part of a run's order, for a number of workers. Picklable.
 
     Args:
-        manifest: where the records are.
-        order: the run's order over that manifest's fragments.
+        manifests: where the records of each source are.
+        order: the run's order over those manifests' fragments.
         spec: what to make of a record.
         num_workers: workers that share every global batch equally.
         start_position: first sample, a multiple of the global batch size: what the run has trained on so far.
@@ -90,7 +90,7 @@ class StreamPlan:
         clip: makes the embeddings in the stream; needs the CLIP fields of `spec`.
     """
 
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     order: RunOrder
     spec: BatchSpec
     num_workers: int
@@ -140,7 +140,7 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
             compute=TaskPoolStrategy(size=1),  # a second one could fill the buffers before its turn comes
         )
         dataset = dataset.map_batches(
-            partial(_decode, plan=plan),
+            partial(_decode, spec=plan.spec, seed=plan.order.seed),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -224,22 +224,24 @@ def _to_tensor(array: np.ndarray[Any, Any], *, pin_memory: bool) -> torch.Tensor
 
 def _read(tasks: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
     """The units of a task's chunks, their records still encoded; the next chunk is read while one is handed on."""
-    chunks = [plan.order.chunk(i) for a, b in zip(tasks["first"], tasks["stop"], strict=True) for i in range(a, b)]
+    reader = SliceReader(plan.manifests, plan.spec.columns())
+    indices = [i for a, b in zip(tasks["first"], tasks["stop"], strict=True) for i in range(a, b)]
     with ThreadPoolExecutor(1) as ahead:
-        upcoming = ahead.submit(_records, chunks[0], plan)
-        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            records = upcoming.result()
+        upcoming = ahead.submit(_records, reader, plan.order, indices[0])
+        for following in [*indices[1:], None]:
+            chunk, records = upcoming.result()
             if following is not None:
-                upcoming = ahead.submit(_records, following, plan)
+                upcoming = ahead.submit(_records, reader, plan.order, following)
             for rows in _units(chunk, plan):
                 unit = records.take(chunk.permutation[rows])
                 unit = unit.append_column("position", pa.array(chunk.first_position + rows))
                 yield pa.table({"records": _serialise(unit)})
 
 
-def _records(chunk: Chunk, plan: StreamPlan) -> pa.Table:
+def _records(reader: SliceReader, order: RunOrder, index: int) -> tuple[Chunk, pa.Table]:
+    chunk = order.chunk(index)
     # In one piece: `take` would else put all the pieces together for every unit.
-    return read_slices(plan.manifest, chunk.slices, plan.spec.columns()).combine_chunks()
+    return chunk, reader.read(chunk.slices).combine_chunks()
 
 
 def _units(chunk: Chunk, plan: StreamPlan) -> Iterator[np.ndarray[Any, Any]]:
@@ -264,11 +266,11 @@ def _serialise(table: pa.Table) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, content])
 
 
-def _decode(units: pa.Table, plan: StreamPlan) -> Iterator[Batch]:
+def _decode(units: pa.Table, spec: BatchSpec, seed: int) -> Iterator[Batch]:
     """Encoded units to arrays."""
     for unit in units.column("records"):
         records = pa.ipc.open_stream(unit.as_buffer()).read_all()
-        batch = make_batch(records, records.column("position").to_numpy(), plan.spec, plan.order.seed)
+        batch = make_batch(records, records.column("position").to_numpy(), spec, seed)
         yield {name: array[np.newaxis] for name, array in batch.items()}
 
 

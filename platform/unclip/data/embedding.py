@@ -1,4 +1,4 @@
-"""Frozen CLIP embeddings of records, and the statistics that the embedding normaliser is made of."""
+"""Frozen CLIP embeddings of records, and the statistics that normaliser and principal components are made of."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load, save
 
 from unclip.data.batches import Batch
+from unclip.data.manifest import DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from unclip.models.clip import ClipModel
 
 CLIP_INPUTS = ("clip_image", "clip_tokens")
@@ -25,12 +25,14 @@ class ClipEmbedStage:
         source: what `load_clip` takes: an open_clip name, `hf-hub:…`, or an exported `clip` stage.
         device: a torch device.
         microbatch: records that pass the model at once.
+        text_states: whether the states of all tokens are wanted too, see `ClipModel.encode_text_states`.
     """
 
-    def __init__(self, source: str, device: str = "cpu", microbatch: int = 64) -> None:
+    def __init__(self, source: str, device: str = "cpu", *, microbatch: int = 64, text_states: bool = False) -> None:
         self.source = source
         self.device = device
         self.microbatch = microbatch
+        self.text_states = text_states
         self._clip: ClipModel | None = None
 
     def setup(self) -> None:
@@ -40,73 +42,46 @@ class ClipEmbedStage:
         self._clip = load_clip(self.source, self.device)
 
     def process(self, batch: Batch) -> Batch:
-        """Adds `image_embed` and `text_embed` (B, D) float16, unit norm, to a batch.
+        """Adds `image_embed` and `text_embed` (B, D), unit norm, and as asked for `text_states` (B, L*S), all float16.
 
-        Needs `clip_image` (B, S, S, 3) uint8 and `clip_tokens` (B, L) of the model's own tokenizer, and hands on all
-        other arrays but these two.
+        Needs `id` (B,), `clip_image` (B, H, H, 3) uint8 and `clip_tokens` (B, L) of the model's own tokenizer, and hands
+        on all arrays but the last two. A row of `text_states` holds the S numbers of the first token, then those of the
+        second, and so on. Raises `DataError` naming the first record of which a number is not finite.
         """
+        images, tokens = batch["clip_image"], batch["clip_tokens"].astype(np.int64)
+        starts = range(0, len(images), self.microbatch)
+        parts = [
+            self._embed(images[start : start + self.microbatch], tokens[start : start + self.microbatch])
+            for start in starts
+        ]
+        added = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name, array in added.items():
+            is_finite = np.isfinite(array).all(axis=1)
+            if not is_finite.all():
+                raise DataError(f"record {batch['id'][is_finite.argmin()]}: {name} is not finite")
+        return {name: array for name, array in batch.items() if name not in CLIP_INPUTS} | added
+
+    def _embed(self, images: npt.NDArray[np.uint8], tokens: npt.NDArray[np.int64]) -> Batch:
         if self._clip is None:
             raise RuntimeError("setup() comes before process()")
         import torch
 
-        embeds: dict[str, list[torch.Tensor]] = {"image_embed": [], "text_embed": []}
-        for start in range(0, len(batch["clip_image"]), self.microbatch):
-            part = slice(start, start + self.microbatch)
-            pixels = torch.from_numpy(batch["clip_image"][part]).to(self.device)
-            tokens = torch.from_numpy(batch["clip_tokens"][part].astype(np.int64)).to(self.device)
-            embeds["image_embed"].append(self._clip.encode_image(pixels))
-            embeds["text_embed"].append(self._clip.encode_text(tokens))
-        added = {name: torch.cat(parts).to(torch.float16).cpu().numpy() for name, parts in embeds.items()}
-        return {name: array for name, array in batch.items() if name not in CLIP_INPUTS} | added
+        device_tokens = torch.from_numpy(tokens).to(self.device)
+        # A copy of the pictures: arrays out of Arrow are read-only.
+        made = {"image_embed": self._clip.encode_image(torch.tensor(images).to(self.device))}
+        if self.text_states:
+            made["text_embed"], states = self._clip.encode_text_states(device_tokens)
+            made["text_states"] = states.flatten(1)
+        else:
+            made["text_embed"] = self._clip.encode_text(device_tokens)
+        return {name: tensor.to(torch.float16).cpu().numpy() for name, tensor in made.items()}
 
 
 class EmbeddingStatistics:
-    """Mean and variance of vectors seen in any order and in any number of processes, in float64.
-
-    Merging follows Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
-    variances".
-    """
-
-    def __init__(self, count: int = 0, mean: npt.ArrayLike = 0.0, m2: npt.ArrayLike = 0.0) -> None:
-        self.count = count
-        self.mean = np.asarray(mean, dtype=np.float64)
-        self.m2 = np.asarray(m2, dtype=np.float64)
-
-    def update(self, vectors: npt.NDArray[Any]) -> None:
-        """Takes in (B, D) vectors."""
-        values = vectors.astype(np.float64)
-        if len(values):
-            mean = values.mean(axis=0)
-            self.merge(EmbeddingStatistics(len(values), mean, ((values - mean) ** 2).sum(axis=0)))
-
-    def merge(self, other: EmbeddingStatistics) -> None:
-        """Takes in what another one has seen."""
-        count = self.count + other.count
-        if count == 0:
-            return
-        delta = other.mean - self.mean
-        self.mean = self.mean + delta * (other.count / count)
-        self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        self.count = count
-
-    @property
-    def std(self) -> npt.NDArray[np.float64]:
-        """(D,) population standard deviation."""
-        return np.sqrt(self.m2 / max(self.count, 1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for the manifest."""
-        return {"count": self.count, "mean": self.mean.tolist(), "m2": self.m2.tolist()}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        return cls(data["count"], data["mean"], data["m2"])
-
-
-class EmbeddingCovariance:
     """Mean and covariance of vectors seen in any order and in any number of processes, in float64.
 
-    Merged like `EmbeddingStatistics`; `scatter` (D, D) is the sum of outer products of deviations from the mean.
+    `scatter` (D, D) is the sum of outer products of deviations from the mean. Merging follows Chan, Golub and LeVeque
+    1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -118,13 +93,13 @@ class EmbeddingCovariance:
         """Takes in (B, D) vectors."""
         values = vectors.astype(np.float64)
         if len(values):
-            part = EmbeddingCovariance(values.shape[1])
+            part = EmbeddingStatistics(values.shape[1])
             part.count, part.mean = len(values), values.mean(axis=0)
             centred = values - part.mean
             part.scatter = centred.T @ centred
             self.merge(part)
 
-    def merge(self, other: EmbeddingCovariance) -> None:
+    def merge(self, other: EmbeddingStatistics) -> None:
         """Takes in what another one has seen."""
         count = self.count + other.count
         if count == 0:
@@ -138,3 +113,20 @@ class EmbeddingCovariance:
     def covariance(self) -> npt.NDArray[np.float64]:
         """(D, D) of the population."""
         return self.scatter / max(self.count, 1)
+
+    @property
+    def std(self) -> npt.NDArray[np.float64]:
+        """(D,) standard deviation of the population."""
+        return np.sqrt(self.covariance.diagonal())
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file, from which `from_bytes` makes exactly the same."""
+        return save({"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        arrays = load(content)
+        statistics = cls(len(arrays["mean"]))
+        statistics.count, statistics.mean = int(arrays["count"]), arrays["mean"]
+        statistics.scatter = arrays["scatter"]
+        return statistics

@@ -1,13 +1,17 @@
-"""What a folder of Parquet records holds, found from its footers alone: the fragments a training order is made of."""
+"""What a folder of Parquet records holds: the fragments a training order is made of, and reading them.
+
+A folder that our jobs made says so in its `manifest.json`: one listing and one footer are all that is read, however many
+shards there are. Of other folders every footer is read.
+"""
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +20,8 @@ from unclip.utils import storage
 
 FACTS_FILE = "manifest.json"
 _FOOTER_THREADS = 32
+_WORK_FOLDERS = ("_ingest", "_parts")
+"""Where jobs keep what is not ready yet."""
 
 Slice = tuple[int, int, int]
 """(fragment index, first row, row after the last), rows counted inside the fragment."""
@@ -25,8 +31,7 @@ class DataError(ValueError):
     """Records are missing, unreadable or not what was asked for; the message names the folder, file, column or id."""
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(NamedTuple):
     """One Parquet row group: the unit that is read and shuffled.
 
     Args:
@@ -46,72 +51,191 @@ class Manifest:
 
     Args:
         uri: the folder, absolute.
-        columns: names of the columns that every file has, in the first file's order.
-        facts: what `manifest.json` beside the shards says (row counts, licence, CLIP fingerprint, embedding
-            statistics); empty where there is none.
+        schema: the columns that every file has, in the first file's order and with its types.
+        facts: what `manifest.json` beside the shards says but for the shards themselves (row counts, licence, CLIP
+            fingerprint, embedding statistics); empty where there is none.
     """
 
     uri: str
     fragments: tuple[Fragment, ...]
-    columns: tuple[str, ...]
+    schema: pa.Schema
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return sum(fragment.rows for fragment in self.fragments)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.schema.names)
+
 
 def scan(uri: str, columns: Sequence[str] = ()) -> Manifest:
-    """Reads the footers of all `*.parquet` files directly under `uri` (local or object store).
+    """Finds the records of the `*.parquet` files directly under `uri` (local or object store).
 
-    Raises `DataError` where the folder is missing or holds no Parquet file, a file is no readable Parquet, one of
-    `columns` is missing from a file or changes its type between files, or there are no rows.
+    Raises `DataError` where the folder is missing, unfinished, or holds no Parquet file; a file is no readable Parquet or
+    not the one that `manifest.json` lists; one of `columns` is missing or changes its type between files whose footers
+    are read; or there are no rows.
     """
     uri = storage.absolute(uri)
-    fs, path = storage.filesystem(uri)
-    if not fs.isdir(path):
-        raise DataError(f"data folder {uri!r} does not exist")
-    names = storage.names(uri)
-    files = [name for name in names if name.endswith(".parquet")]
+    sizes = _sizes(uri)
+    files = [name for name in sizes if name.endswith(".parquet")]
+    facts = _facts(uri) if FACTS_FILE in sizes else {}
+    unfinished = [name for name in _WORK_FOLDERS if name in sizes]
+    if unfinished and not facts:
+        raise DataError(
+            f"data folder {uri!r} is unfinished: it has {unfinished[0]}/ but no {FACTS_FILE}; run the job that writes it "
+            "again, which goes on where it ended"
+        )
     if not files:
         raise DataError(f"data folder {uri!r} holds no *.parquet file")
+    shards = facts.pop("shards", None)
+    schema, fragments = (
+        _from_footers(uri, files, columns) if shards is None else _from_shards(uri, shards, sizes, columns)
+    )
+    if not fragments:
+        raise DataError(f"data folder {uri!r}: its {len(files)} Parquet files hold no rows")
+    return Manifest(uri, fragments, schema, facts)
+
+
+def read_slices(manifest: Manifest, slices: Iterable[Slice], columns: Sequence[str]) -> pa.Table:
+    """The rows of `slices` one after the other, only `columns`; as `SliceReader.read`."""
+    return SliceReader([manifest], columns).read([slices])
+
+
+def check_same_types(manifests: Sequence[Manifest], columns: Sequence[str]) -> None:
+    """Raises `DataError` where one of `columns` has other types in these folders, whose rows could not be mixed."""
+    for manifest in manifests[1:]:
+        _check_columns(manifest.uri, manifest.schema, manifests[0].schema, columns, first_name=manifests[0].uri)
+
+
+class SliceReader:
+    """Reads rows of one folder or several, only `columns`.
+
+    It keeps the row group that each folder's slices ended in: what is read next mostly goes on there.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], columns: Sequence[str]) -> None:
+        self._folders = [_FolderReader(manifest, columns) for manifest in manifests]
+
+    def read(self, slices: Sequence[Iterable[Slice]]) -> pa.Table:
+        """The rows of each folder's slices one after the other, folder after folder.
+
+        Every file is opened once for each run of slices in it. Raises `DataError` naming the file where it cannot be
+        read, or its columns are not those of the folder's first file.
+        """
+        tables = [table for folder, parts in zip(self._folders, slices, strict=True) for table in folder.tables(parts)]
+        if not tables:
+            raise DataError("no slices to read")
+        return pa.concat_tables(tables)
+
+
+class _FolderReader:
+    def __init__(self, manifest: Manifest, columns: Sequence[str]) -> None:
+        self._manifest = manifest
+        self._columns = list(columns)
+        self._kept: tuple[int, pa.Table] | None = None
+
+    def tables(self, slices: Iterable[Slice]) -> Iterator[pa.Table]:
+        fragments = self._manifest.fragments
+        for name, run in groupby(slices, key=lambda part: fragments[part[0]].file):
+            wanted = list(run)
+            groups = self._row_groups(name, [fragment for fragment, _, _ in wanted])
+            for (fragment, start, stop), group in zip(wanted, groups, strict=True):
+                yield group.slice(start, stop - start)
+                self._kept = (fragment, group) if stop < fragments[fragment].rows else None
+
+    def _row_groups(self, name: str, wanted: Sequence[int]) -> Iterator[pa.Table]:
+        if self._kept is not None and self._kept[0] == wanted[0]:
+            yield self._kept[1]
+            wanted = wanted[1:]
+        if not wanted:
+            return
+        self._kept = None
+        fs, folder = storage.filesystem(self._manifest.uri)
+        path = posixpath.join(self._manifest.uri, name)
+        try:
+            with fs.open(posixpath.join(folder, name), "rb") as stream:
+                file = pq.ParquetFile(stream)
+                _check_columns(path, file.schema_arrow, self._manifest.schema, self._columns)
+                for fragment in wanted:
+                    _, index, rows = self._manifest.fragments[fragment]
+                    group = file.read_row_group(index, columns=self._columns).select(self._columns)
+                    if group.num_rows != rows:
+                        raise DataError(f"{path!r}: row group {index} has {group.num_rows} rows, expected {rows}")
+                    yield group
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path!r} cannot be read: {error}") from error
+
+
+def _sizes(uri: str) -> dict[str, int]:
+    """Names directly under a folder, sorted, and their sizes in bytes; one listing."""
+    fs, path = storage.filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"data folder {uri!r} does not exist") from None
+    found = {str(entry["name"]).rstrip("/"): int(entry["size"] or 0) for entry in entries}
+    found.pop(path.rstrip("/"), None)  # some tools mark a folder on an object store by an empty object of its name
+    return {posixpath.basename(name): found[name] for name in sorted(found)}
+
+
+def _facts(uri: str) -> dict[str, Any]:
+    path = storage.join(uri, FACTS_FILE)
+    try:
+        facts = storage.read_json(path)
+    except ValueError as error:
+        raise DataError(f"{path!r} is no JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise DataError(f"{path!r} is no JSON object")
+    return facts
+
+
+def _from_footers(uri: str, files: Sequence[str], columns: Sequence[str]) -> tuple[pa.Schema, tuple[Fragment, ...]]:
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(files))) as threads:
         footers = list(threads.map(lambda name: _read_footer(uri, name), files))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     for name, schema in zip(files, schemas, strict=True):
         _check_columns(posixpath.join(uri, name), schema, schemas[0], columns)
+    shared = set.intersection(*(set(schema.names) for schema in schemas))
     fragments = tuple(
         Fragment(name, group, footer.row_group(group).num_rows)
         for name, footer in zip(files, footers, strict=True)
         for group in range(footer.num_row_groups)
         if footer.row_group(group).num_rows > 0
     )
-    if not fragments:
-        raise DataError(f"data folder {uri!r}: its {len(files)} Parquet files hold no rows")
-    shared = set.intersection(*(set(schema.names) for schema in schemas))
-    facts = storage.read_json(storage.join(uri, FACTS_FILE)) if FACTS_FILE in names else {}
-    return Manifest(uri, fragments, tuple(name for name in schemas[0].names if name in shared), facts)
+    return pa.schema([column for column in schemas[0] if column.name in shared]), fragments
 
 
-def read_slices(manifest: Manifest, slices: Iterable[Slice], columns: Sequence[str]) -> pa.Table:
-    """The rows of `slices` one after the other, only `columns`. Every file is opened once for each run of slices in it.
+def _from_shards(
+    uri: str, shards: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], columns: Sequence[str]
+) -> tuple[pa.Schema, tuple[Fragment, ...]]:
+    """From the shards that `manifest.json` lists, whose sizes must be right; the first one's footer has the columns."""
+    path = posixpath.join(uri, FACTS_FILE)
+    try:
+        fragments = tuple(_shard_fragments(uri, shards, sizes))
+        listed = {shard["file"] for shard in shards}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path!r}: 'shards' is not a list of files with their bytes and row groups") from error
+    unlisted = [name for name in sizes if name.endswith(".parquet") and name not in listed]
+    if unlisted:
+        raise DataError(f"{posixpath.join(uri, unlisted[0])!r} is not among the shards that {path!r} lists")
+    first = min(listed, default="")
+    schema = _read_footer(uri, first).schema.to_arrow_schema() if first else pa.schema([])
+    _check_columns(posixpath.join(uri, first), schema, schema, columns)
+    return schema.remove_metadata(), fragments
 
-    Raises `DataError` naming the file where it cannot be read.
-    """
-    fs, folder = storage.filesystem(manifest.uri)
-    tables = []
-    for name, run in groupby(slices, key=lambda part: manifest.fragments[part[0]].file):
-        try:
-            with fs.open(posixpath.join(folder, name), "rb") as stream:
-                file = pq.ParquetFile(stream)
-                for fragment, start, stop in run:
-                    group = file.read_row_group(manifest.fragments[fragment].row_group, columns=list(columns))
-                    tables.append(group.slice(start, stop - start))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{posixpath.join(manifest.uri, name)!r} cannot be read: {error}") from error
-    if not tables:
-        raise DataError(f"{manifest.uri!r}: no slices to read")
-    return pa.concat_tables(tables)
+
+def _shard_fragments(uri: str, shards: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> Iterator[Fragment]:
+    for shard in sorted(shards, key=lambda shard: str(shard["file"])):
+        name, size = shard["file"], shard["bytes"]
+        if name not in sizes:
+            raise DataError(f"{posixpath.join(uri, name)!r} is missing: {FACTS_FILE} lists it")
+        if sizes[name] != size:
+            raise DataError(f"{posixpath.join(uri, name)!r} has {sizes[name]} bytes, {FACTS_FILE} says {size}")
+        if sum(shard["row_groups"]) != shard["rows"]:
+            raise DataError(f"{posixpath.join(uri, name)!r}: its row groups in {FACTS_FILE} do not have its rows")
+        yield from (Fragment(name, group, rows) for group, rows in enumerate(shard["row_groups"]) if rows)
 
 
 def _read_footer(uri: str, name: str) -> pq.FileMetaData:
@@ -123,12 +247,14 @@ def _read_footer(uri: str, name: str) -> pq.FileMetaData:
         raise DataError(f"{posixpath.join(uri, name)!r} is not readable Parquet: {error}") from error
 
 
-def _check_columns(path: str, schema: pa.Schema, first: pa.Schema, columns: Sequence[str]) -> None:
+def _check_columns(
+    path: str, schema: pa.Schema, first: pa.Schema, columns: Sequence[str], *, first_name: str = "the first file"
+) -> None:
     missing = [name for name in columns if name not in schema.names]
     if missing:
         raise DataError(f"{path!r} has no column {', '.join(map(repr, missing))}; it has {', '.join(schema.names)}")
     for name in columns:
         if schema.field(name).type != first.field(name).type:
             raise DataError(
-                f"{path!r}: column {name!r} is {schema.field(name).type}, in the first file {first.field(name).type}"
+                f"{path!r}: column {name!r} is {schema.field(name).type}, in {first_name} {first.field(name).type}"
             )

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from unclip.config.base import Config
 from unclip.data.manifest import FACTS_FILE
-from unclip.data.openmoji_captions import describe_emoji
+from unclip.data.openmoji_captions import NO_ATTRIBUTE, describe_emoji
 from unclip.data.openmoji_splits import SPLITS, Split, assign_splits
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROWS_PER_FILE = 512
 ROWS_PER_GROUP = 64
 ATTRIBUTES = ("emoji", "hexcode", "role", "gender", "skin_tone", "hair", "colour", "shape", "split")
@@ -44,7 +44,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("caption", pa.string(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
-        *(pa.field(name, pa.string()) for name in ATTRIBUTES),
+        *(pa.field(name, pa.string(), nullable=False) for name in ATTRIBUTES),
     ]
 )
 
@@ -254,7 +254,8 @@ def _write_folder(
 
 
 def _table(part: list[OpenMoji], images: list[bytes], size: int, split: Split) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [getattr(d, name) for d in part] for name in ATTRIBUTES if name != "split"}
+    names = [name for name in ATTRIBUTES if name != "split"]
+    columns: dict[str, list[Any]] = {name: [getattr(d, name) or NO_ATTRIBUTE for d in part] for name in names}
     columns |= {"id": [d.id for d in part], "image": images, "caption": [d.caption for d in part]}
     columns |= {"width": [size] * len(part), "height": [size] * len(part), "split": [split] * len(part)}
     return pa.table({name: columns[name] for name in RECORD_SCHEMA.names}, schema=RECORD_SCHEMA)

@@ -15,6 +15,8 @@ COLOURS = (
     "light blue", "black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow",
 )  # fmt: skip
 SHAPES = ("circle", "diamond", "heart", "square", "triangle")
+NO_ATTRIBUTE = "none"
+"""What a record holds of an attribute that its drawing does not have, so that each of them can be a column of classes."""
 
 
 @dataclass(frozen=True)

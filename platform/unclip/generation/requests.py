@@ -12,7 +12,8 @@ from pydantic import Field
 from unclip.config.base import Config, ConfigError
 from unclip.models.clip import Tokenizer
 from unclip.models.text import caption_mask
-from unclip.pipelines.text_to_image import GenerationOptions
+from unclip.pipelines.guides import check_label
+from unclip.pipelines.text_to_image import Cascade, GenerationOptions
 from unclip.utils import storage
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -112,16 +113,16 @@ def _checked(prompt: str, where: str) -> str:
     return prompt
 
 
-def check_lengths(config: GenerateConfig, requests: Sequence[Request], *, context_length: int) -> None:
-    """Raises `ConfigError` naming the first prompt that the networks would see only the beginning of."""
+def check_prompts(config: GenerateConfig, requests: Sequence[Request], cascade: Cascade) -> None:
+    """Raises `ConfigError` naming the first prompt that the networks would see only the beginning of, or that is no class."""
     tokenizer, roomy = Tokenizer(None), MAX_PROMPT_CHARACTERS + 2
     for index, prompt in {request.index: request.prompt for request in requests}.items():
+        where = "prompt" if config.prompts_file is None else f"prompts_file = {config.prompts_file!r}, line {index + 1}"
+        if cascade.classes:
+            check_label(where, prompt, cascade.classes)
         tokens = torch.from_numpy(tokenizer([prompt], roomy))
         count = int(caption_mask(tokens).sum())
-        if count > context_length:
-            where = (
-                "prompt" if config.prompts_file is None else f"prompts_file = {config.prompts_file!r}, line {index + 1}"
-            )
+        if count > cascade.context_length:
             raise ConfigError(
-                f"{where}: the prompt has {count} tokens with start and end; the networks read {context_length}"
+                f"{where}: the prompt has {count} tokens with start and end; the networks read {cascade.context_length}"
             )

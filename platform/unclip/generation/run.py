@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from unclip.config.base import ConfigError
 from unclip.generation.outputs import captioned_grid, read_png, read_png_metadata, write_grid, write_png
-from unclip.generation.requests import GenerateConfig, Request, check_lengths, plan
+from unclip.generation.requests import GenerateConfig, Request, check_prompts, plan
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.text_to_image import Cascade, Pipeline, plan_cascade
 from unclip.utils import storage
@@ -42,7 +42,7 @@ class GenerationJob:
         device = _device(config.device)
         bundle = Bundle.load(config.bundle)
         cascade = plan_cascade(bundle.configs, config.options)
-        check_lengths(config, requests, context_length=cascade.context_length)
+        check_prompts(config, requests, cascade)
         storage.check_writable(config.out)
         return cls(config=config, bundle=bundle, cascade=cascade, requests=requests, device=device)
 

@@ -153,6 +153,13 @@ class Tokenizer:
         tokens: torch.Tensor = _open_clip_tokenizer(self.name)(list(texts), context_length=context_length)
         return tokens.numpy().astype(np.int32)
 
+    @property
+    def is_byte_pair_encoding(self) -> bool:
+        """Whether its tokens are those of CLIP's byte-pair encoding, with 0 behind the caption's end."""
+        import open_clip
+
+        return isinstance(_open_clip_tokenizer(self.name), open_clip.SimpleTokenizer)
+
 
 @lru_cache(maxsize=4)
 def _open_clip_tokenizer(name: str | None) -> Any:
@@ -183,8 +190,12 @@ class ClipModel(nn.Module):
     @property
     def context_length(self) -> int:
         """Tokens of a caption."""
-        text: Any = self.clip.text if hasattr(self.clip, "text") else self.clip
-        return int(text.context_length)
+        return int(self._text_tower.context_length)
+
+    @property
+    def text_state_dim(self) -> int:
+        """Width S of the states of a token; `ValueError` says why this CLIP has none, see `encode_text_states`."""
+        return int(self._final_norm.normalized_shape[0])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -228,6 +239,21 @@ class ClipModel(nn.Module):
         self._check_tokens(tokens)
         return functional.normalize(self.clip.encode_text(tokens.to(self._device).long()).float(), dim=-1)  # type: ignore[operator]
 
+    @torch.no_grad()
+    def encode_text_states(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, context_length) integers -> embeddings (B, D), and the states (B, context_length, S) they are made of.
+
+        The states are those of all tokens after the last block and the final norm, before pooling and projection, float32;
+        those behind the caption's end are there, but mean nothing. GLIDE (section 4.1) gives its decoder the last
+        layer's states of a text transformer of its own, which unCLIP (section 2.1) keeps; Karlo takes these in its place.
+
+        Raises `ValueError` where a CLIP has no such states, or its tokens are of another kind than the decoder's.
+        """
+        states: list[torch.Tensor] = []
+        with self._final_norm.register_forward_hook(lambda _, __, output: states.append(output)):
+            embeds = self.encode_text(tokens)
+        return embeds, states[0].float()
+
     def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For training: image embeddings (B, D), text embeddings (B, D) and the logits' scale, at most 100.
 
@@ -242,6 +268,22 @@ class ClipModel(nn.Module):
         image, text, scale = output.values() if isinstance(output, dict) else output[:3]
         scale = scale.float().clamp(max=_MAX_LOGIT_SCALE).reshape(())
         return functional.normalize(image.float(), dim=-1), functional.normalize(text.float(), dim=-1), scale
+
+    @property
+    def _text_tower(self) -> Any:
+        return self.clip.text if hasattr(self.clip, "text") else self.clip
+
+    @property
+    def _final_norm(self) -> nn.LayerNorm:
+        """Of the text transformer, over all tokens."""
+        norm = getattr(self._text_tower, "ln_final", None)
+        if not isinstance(norm, nn.LayerNorm) or getattr(self._text_tower, "cls_emb", None) is not None:
+            raise ValueError("its text encoder has no final norm over all tokens, so no states for a decoder")
+        if not self.tokenizer.is_byte_pair_encoding:
+            raise ValueError(
+                "its tokens are not CLIP's byte-pair encoding, by which a decoder tells padding from caption"
+            )
+        return norm
 
     @property
     def _device(self) -> torch.device:

@@ -155,7 +155,7 @@ def check_guides(configs: Mapping[StageName, StageConfig], decoder: DecoderStage
             )
         _check_pictures(name, guide, decoder)
         if isinstance(guide, ClassifierStageConfig):
-            _check_label(options.class_label or "", guide.classes)
+            check_label("options.decoder.class_label", options.class_label or "", guide.classes)
 
 
 def _check_pictures(
@@ -175,12 +175,11 @@ def _check_pictures(
         raise BundleError(f"stage {name!r} was trained on the noise of {known}, but the decoder's is that of {made}")
 
 
-def _check_label(label: str, classes: Sequence[str]) -> None:
+def check_label(field: str, label: str, classes: Sequence[str]) -> None:
+    """Raises `ConfigError` naming `field` and what was perhaps meant where `label` is none of `classes`."""
     if label in classes:
         return
     close = difflib.get_close_matches(label, classes, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it knows {', '.join(classes[:20])}"
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"they are {', '.join(classes[:20])}"
     more = f" and {len(classes) - 20} more" if not close and len(classes) > 20 else ""
-    raise ConfigError(
-        f"options.decoder.class_label = {label!r}: none of the classifier's {len(classes)} classes; {hint}{more}"
-    )
+    raise ConfigError(f"{field} = {label!r}: none of the {len(classes)} classes; {hint}{more}")

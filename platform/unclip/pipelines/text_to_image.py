@@ -1,7 +1,12 @@
-"""The cascade: caption -> text embedding -> prior -> decoder -> upsamplers (unCLIP §2), in plain PyTorch."""
+"""The cascade: caption -> text embedding -> prior -> decoder -> upsamplers (unCLIP §2), in plain PyTorch.
+
+What the decoder is told decides what is in front of it: z_i needs CLIP and a prior, captions alone (GLIDE) nothing, and a
+class (ADM) is what the prompt then is.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,17 +19,23 @@ import torch
 from pydantic import Field
 
 from unclip.config.base import Config, ConfigError
-from unclip.diffusion.respacing import TimestepSpacing
-from unclip.diffusion.samplers import Progress, SamplerName, SamplingConfig
+from unclip.diffusion.samplers import Progress
 from unclip.models.clip import ClipModel, Tokenizer
 from unclip.pipelines.bundle import Bundle, BundleError
-from unclip.pipelines.guides import DecoderGuide, GuideName, GuideOptions, build_guide, check_guides, combined_guide
+from unclip.pipelines.guides import (
+    DecoderGuide,
+    GuideName,
+    GuideOptions,
+    build_guide,
+    check_guides,
+    check_label,
+    combined_guide,
+)
+from unclip.pipelines.options import AnySampling, DecoderOptions, PriorOptions, SamplerOptions
 from unclip.pipelines.pictures import to_signed, to_uint8
 from unclip.pipelines.stages import (
     AnyPriorStage,
     AnyPriorStageConfig,
-    ARPriorStageConfig,
-    ARSamplingConfig,
     DecoderStage,
     DecoderStageConfig,
     NoisedClipStageConfig,
@@ -40,68 +51,6 @@ StageProgress = Callable[[str, int, int], None]
 
 UpsamplerName = Literal["upsampler_256", "upsampler_1024"]
 UPSAMPLERS: tuple[UpsamplerName, ...] = ("upsampler_256", "upsampler_1024")
-
-AnySampling = SamplingConfig | ARSamplingConfig
-
-
-class SamplerOptions(Config):
-    """Changes to how a stage samples; what is null stays as the bundle has it."""
-
-    sampler: SamplerName | None = None
-    """Ancestral steps (ddpm), DDIM, or DPM-Solver++ (dpmsolver++, sde-dpmsolver++)."""
-    num_inference_steps: int | None = Field(None, ge=1)
-    """Number of network evaluations."""
-    timestep_spacing: TimestepSpacing | None = None
-    """Which timesteps are visited."""
-    eta: float | None = Field(None, ge=0, le=1)
-    """Noise of a DDIM step."""
-
-    def apply(self, name: str, stage: AnyPriorStageConfig | DecoderStageConfig | UpsamplerStageConfig) -> AnySampling:
-        """The stage's sampling with these changes; `ConfigError` naming the stage where they do not suit it."""
-        changes = {key: value for key, value in self.sampling_changes().items() if value is not None}
-        if {"num_inference_steps", "timestep_spacing"} & changes.keys():
-            changes["timesteps_list"] = None  # a stored list would contradict them
-        try:
-            sampling = stage.sampling.merged(changes)
-            if isinstance(sampling, SamplingConfig) and not isinstance(stage, ARPriorStageConfig):
-                sampling.timesteps(stage.diffusion.num_train_timesteps)
-        except ValueError as error:
-            raise ConfigError(f"options.{name}: {error}") from None
-        return sampling
-
-    def sampling_changes(self) -> dict[str, Any]:
-        """The fields that belong to the stage's sampling."""
-        return self.to_dict()
-
-
-class GuidedSamplerOptions(SamplerOptions):
-    """Changes to how a stage with conditions samples; what is null stays as the bundle has it."""
-
-    guidance_scale: float | None = Field(None, ge=0)
-    """Classifier-free guidance; 1 is off."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guides only timesteps between these fractions of all, say 0.2 and 0.9."""
-
-
-class PriorOptions(GuidedSamplerOptions):
-    """Changes to how the prior samples; an autoregressive one knows guidance_scale and the two below alone."""
-
-    temperature: float | None = Field(None, gt=0)
-    """Divides the logits of an autoregressive prior's codes."""
-    dot_percentile: float | None = Field(None, ge=0, lt=1)
-    """An autoregressive prior draws the dot product with the text from above this share of its distribution."""
-
-
-class DecoderOptions(GuidedSamplerOptions, GuideOptions):
-    """Changes to how the decoder samples, and what else guides it."""
-
-    def sampling_changes(self) -> dict[str, Any]:
-        return {key: value for key, value in self.to_dict().items() if key not in GuideOptions.model_fields}
-
-    @property
-    def guidance(self) -> GuideOptions:
-        """What guides it beside its conditions."""
-        return GuideOptions.from_dict({name: getattr(self, name) for name in GuideOptions.model_fields})
 
 
 class GenerationOptions(Config):
@@ -128,13 +77,15 @@ _AS_STORED = GenerationOptions()
 class Cascade:
     """The stages that a request runs: how each samples, the side of its pictures, and what guides the decoder.
 
-    `context_length` is the number of tokens, with start and end, of the longest prompt that no stage would cut.
+    `context_length` is the number of tokens, with start and end, of the longest prompt that no stage would cut; `classes`
+    what a prompt may be where the decoder draws classes.
     """
 
     sampling: Mapping[StageName, AnySampling]
     sizes: Mapping[StageName, int]
     guidance: GuideOptions
     context_length: int
+    classes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,9 +96,12 @@ class Cascade:
 
 @dataclass(frozen=True)
 class CascadeOutput:
-    """What came out for B prompts: z_i (B, D) float32 of unit norm, and uint8 (B, S, S, 3) for each picture side S."""
+    """What came out for B prompts: z_i (B, D) float32 of unit norm, and uint8 (B, S, S, 3) for each picture side S.
 
-    image_embed: torch.Tensor
+    `image_embed` is None where the decoder is not told any.
+    """
+
+    image_embed: torch.Tensor | None
     images: dict[int, npt.NDArray[np.uint8]]
 
 
@@ -157,18 +111,16 @@ def plan_cascade(configs: Mapping[StageName, StageConfig], options: GenerationOp
     Raises `BundleError` where a stage is missing or does not take what the one before makes, and `ConfigError` where an
     option does not suit the stages.
     """
-    prior, decoder = configs.get("prior"), configs.get("decoder")
-    if not isinstance(prior, AnyPriorStageConfig) or not isinstance(decoder, DecoderStageConfig):
-        raise BundleError(f"pictures need the stages prior and decoder; the bundle has {', '.join(configs) or 'none'}")
-    untold = set(decoder.model.inputs) - {"image_embed", "tokens", "known", "known_mask"}
-    if untold:
-        raise BundleError(f"the decoder is told {', '.join(sorted(untold))}, which a prompt does not say")
+    decoder = configs.get("decoder")
+    if not isinstance(decoder, DecoderStageConfig):
+        raise BundleError(f"pictures need the stage decoder; the bundle has {', '.join(configs) or 'none'}")
+    prior = _prior_before(decoder, configs)
     guidance = options.decoder.guidance
     check_guides(configs, decoder, guidance)
-    sampling: dict[StageName, AnySampling] = {
-        "prior": options.prior.apply("prior", prior),
-        "decoder": options.decoder.apply("decoder", decoder),
-    }
+    sampling: dict[StageName, AnySampling] = {}
+    if prior is not None:
+        sampling["prior"] = options.prior.apply("prior", prior)
+    sampling["decoder"] = options.decoder.apply("decoder", decoder)
     sizes: dict[StageName, int] = {"decoder": decoder.image_size}
     for name, upsampler in _upsamplers(configs, decoder.image_size, options.up_to).items():
         changes: SamplerOptions = getattr(options, name)
@@ -177,11 +129,29 @@ def plan_cascade(configs: Mapping[StageName, StageConfig], options: GenerationOp
         raise ConfigError(
             f"options.up_to = {options.up_to}: the bundle makes {', '.join(map(str, sizes.values()))} pixels"
         )
-    lengths = [prior.model.context_length, decoder.model.context_length]
+    lengths = [decoder.model.context_length, None if prior is None else prior.model.context_length]
     noised_clip = configs.get("noised_clip")
     if "noised_clip" in guidance.gradient_scales and isinstance(noised_clip, NoisedClipStageConfig):
         lengths.append(noised_clip.model.text.context_length)
-    return Cascade(sampling, sizes, guidance, min(length for length in lengths if length is not None))
+    room = min((length for length in lengths if length is not None), default=sys.maxsize)
+    return Cascade(sampling, sizes, guidance, room, decoder.classes)
+
+
+def _prior_before(decoder: DecoderStageConfig, configs: Mapping[StageName, StageConfig]) -> AnyPriorStageConfig | None:
+    """The prior that makes what the decoder is told; None where that is a caption or a class alone."""
+    told = set(decoder.model.inputs)
+    sayable = {"image_embed", "tokens", "text_states", "known", "known_mask"}
+    unknown = told - (sayable if told & sayable else {"label"})
+    if unknown:
+        raise BundleError(f"the decoder is told {', '.join(sorted(unknown))}, which a prompt does not say")
+    if "image_embed" not in told:
+        return None
+    prior = configs.get("prior")
+    if not isinstance(prior, AnyPriorStageConfig):
+        raise BundleError(
+            f"the decoder is told an image embedding, which needs the stage prior; the bundle has {', '.join(configs)}"
+        )
+    return prior
 
 
 def _upsamplers(
@@ -206,22 +176,31 @@ class Pipeline:
     """Pictures for prompts: the same for the same prompt and seed, alone or in any batch (within float tolerance).
 
     Args:
-        clip: text encoder of the space that prior and decoder were trained in, on `device`.
-        prior, decoder, upsamplers: the stages, on `device`; a stage of your own needs `config` and `sample`.
+        decoder, prior, upsamplers: the stages, on `device`; a stage of your own needs `config` and `sample`.
+        clip: text encoder of the space that prior and decoder were trained in, on `device`. It and the prior are there for
+            decoders that are told an image embedding, it alone for those told CLIP's text states.
         guides: what the decoder may be guided by, on `device`.
     """
 
     def __init__(
         self,
-        clip: ClipModel,
-        prior: AnyPriorStage,
         decoder: DecoderStage,
         *,
+        clip: ClipModel | None = None,
+        prior: AnyPriorStage | None = None,
         upsamplers: Mapping[UpsamplerName, UpsamplerStage],
         guides: Mapping[GuideName, DecoderGuide] = MappingProxyType({}),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.clip, self.prior, self.decoder = clip, prior, decoder
+        told = decoder.config.model.inputs
+        if (clip is None and decoder.config.in_clip_space) or (prior is None and "image_embed" in told):
+            raise ValueError(f"a decoder that is told {', '.join(told)} needs clip, and prior for an image embedding")
+        states = decoder.config.model.text_states
+        if clip is not None and states is not None and states.context_length != clip.context_length:
+            raise ValueError(
+                f"the decoder takes the states of {states.context_length} tokens; its CLIP has {clip.context_length}"
+            )
+        self.decoder, self.clip, self.prior = decoder, clip, prior
         self.upsamplers, self.guides = upsamplers, guides
         self.device = torch.device(device)
 
@@ -243,8 +222,7 @@ class Pipeline:
         cascade, configs = plan_cascade(bundle.configs, options), bundle.configs
         guiding = cascade.guidance.gradient_scales
         models = {name: bundle.load_model(name).to(device, dtype) for name in (*cascade.sampling, *guiding)}
-        prior, decoder = configs["prior"], configs["decoder"]
-        assert isinstance(prior, AnyPriorStageConfig)
+        decoder, prior = configs["decoder"], configs.get("prior")
         assert isinstance(decoder, DecoderStageConfig)
         upsamplers: dict[UpsamplerName, UpsamplerStage] = {}
         for name in UPSAMPLERS:
@@ -252,9 +230,11 @@ class Pipeline:
             if name in models and isinstance(config, UpsamplerStageConfig):
                 upsamplers[name] = UpsamplerStage(config, models[name])
         return cls(
-            bundle.load_clip().to(device),
-            prior.stage(models["prior"]),
             DecoderStage(decoder, models["decoder"]),
+            clip=bundle.load_clip().to(device) if decoder.in_clip_space else None,
+            prior=prior.stage(models["prior"])
+            if isinstance(prior, AnyPriorStageConfig) and "prior" in models
+            else None,
             upsamplers=upsamplers,
             guides={name: build_guide(configs[name], models[name]) for name in guiding},
             device=device,
@@ -269,42 +249,68 @@ class Pipeline:
         options: GenerationOptions = _AS_STORED,
         progress: StageProgress | None = None,
     ) -> CascadeOutput:
-        """Pictures for `prompts`, each with its seed, of every size up to `options.up_to`."""
+        """Pictures for `prompts`, each with its seed, of every size up to `options.up_to`.
+
+        A prompt is a caption, or for a decoder of classes one of their names; `ConfigError` where it is none.
+        """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"one seed for each prompt is needed, not {len(seeds)} seeds for {len(prompts)} prompts")
         cascade = plan_cascade(self._configs(), options)
         streams = SampleGenerator.for_samples(0, _seed_tensor(seeds), self.device)
         run = _Run(cascade, streams, options.max_pixels, progress)
-        text_embed = self.clip.encode_text(self.clip.tokenize(prompts))
-        tokens = self._tokens(prompts, self.prior.config.model.context_length)
-        image_embed = run("prior", self.prior.sample, text_embed=text_embed, tokens=tokens)
-        length = self.decoder.config.model.context_length
-        told = {"image_embed": image_embed, "tokens": None if length is None else self._tokens(prompts, length)}
+        image_embed = self._image_embed(prompts, run) if "prior" in cascade.sampling else None
+        told = {"image_embed": image_embed, **self._told(prompts)}
         targets = {
             name: self.guides[name].target(prompts, cascade.guidance) for name in cascade.guidance.gradient_scales
         }
-        decode = partial(self._decode, cascade.guidance) if targets else self.decoder.sample
-        pictures = to_uint8(run("decoder", decode, **told, **targets))
+        pictures = to_uint8(run("decoder", partial(self._decode, cascade.guidance), **told, **targets))
         images = {cascade.sizes["decoder"]: pictures}
         for name, upsampler in self.upsamplers.items():
             if name in cascade.sizes:
                 # From 8 bits, as in training and in GLIDE: the next stage sees the picture that is handed out.
                 pictures = to_uint8(run(name, upsampler.sample, low_res=to_signed(pictures)))
                 images[cascade.sizes[name]] = pictures
-        return CascadeOutput(image_embed.cpu(), {size: picture.cpu().numpy() for size, picture in images.items()})
+        return CascadeOutput(
+            None if image_embed is None else image_embed.cpu(),
+            {size: picture.cpu().numpy() for size, picture in images.items()},
+        )
 
     def _configs(self) -> dict[StageName, StageConfig]:
-        configs: dict[StageName, StageConfig] = {"prior": self.prior.config, "decoder": self.decoder.config}
+        configs: dict[StageName, StageConfig] = {"decoder": self.decoder.config}
+        if self.prior is not None:
+            configs["prior"] = self.prior.config
         configs |= {name: guide.config for name, guide in self.guides.items()}
         return configs | {name: stage.config for name, stage in self.upsamplers.items()}
 
+    def _image_embed(self, prompts: Sequence[str], run: _Run) -> torch.Tensor:
+        """z_i (B, D) of the prompts."""
+        assert self.clip is not None
+        assert self.prior is not None
+        text_embed = self.clip.encode_text(self.clip.tokenize(prompts))
+        tokens = self._tokens(prompts, self.prior.config.model.context_length)
+        return run("prior", self.prior.sample, text_embed=text_embed, tokens=tokens)
+
+    def _told(self, prompts: Sequence[str]) -> dict[str, torch.Tensor | None]:
+        """What the decoder is told of the prompts themselves: tokens, CLIP's states of them, or the class that they name."""
+        config = self.decoder.config
+        length = config.model.context_length
+        told = {"tokens": None if length is None else self._tokens(prompts, length)}
+        if config.model.num_classes is not None:
+            told["label"] = _labels(prompts, config.classes).to(self.device)
+        if config.model.text_states is not None:
+            assert self.clip is not None
+            told["text_states"] = self.clip.encode_text_states(self.clip.tokenize(prompts))[1]
+        return told
+
     def _decode(self, guidance: GuideOptions, **inputs: Any) -> torch.Tensor:
-        """The decoder's pictures where guides have targets, which come under their names."""
+        """The decoder's pictures; the targets of guides come under the guides' names."""
         terms = [
             (scale, self.guides[name].log_probability(inputs.pop(name)))
             for name, scale in guidance.gradient_scales.items()
         ]
-        return self.decoder.sample(**inputs, guide=combined_guide(terms, self.decoder.config.diffusion.build()))
+        guide = combined_guide(terms, self.decoder.config.diffusion.build()) if terms else None
+        further: dict[str, Any] = {name: inputs.pop(name) for name in ("label", "text_states") if name in inputs}
+        return self.decoder.sample(**inputs, further=further, guide=guide)
 
     def _tokens(self, prompts: Sequence[str], context_length: int) -> torch.Tensor:
         return torch.from_numpy(Tokenizer(None)(prompts, context_length)).to(self.device, torch.int64)
@@ -345,6 +351,13 @@ class _Run:
         if report is None:
             return None
         return lambda done, steps: report(name, index * steps + done, parts * steps)
+
+
+def _labels(prompts: Sequence[str], classes: Sequence[str]) -> torch.Tensor:
+    """(B,) int64: the position among `classes` of the one that each prompt names."""
+    for prompt in prompts:
+        check_label("prompt", prompt, classes)
+    return torch.tensor([classes.index(prompt) for prompt in prompts])
 
 
 def _seed_tensor(seeds: Sequence[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unclip.config.resources import ResourcesConfig
+from unclip.data.openmoji_captions import COLOURS, NO_ATTRIBUTE
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.models.decoder import DecoderConfig
@@ -36,21 +37,25 @@ def _numbers(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def debug() -> TrainConfig:
-    model = DecoderConfig(
-        unet=UNetConfig(
-            out_channels=6,
-            channels=16,
-            channel_mult=(1, 2),
-            depth=1,
-            attention_resolutions=(8,),
-            head_channels=16,
-            patch_size=4,
-            image_size=64,
-        ),
-        text=TextTransformerConfig(context_length=16, width=16, depth=1, heads=2),
-        embed_dim=16,
+def _debug_unet() -> UNetConfig:
+    return UNetConfig(
+        out_channels=6,
+        channels=16,
+        channel_mult=(1, 2),
+        depth=1,
+        attention_resolutions=(8,),
+        head_channels=16,
+        patch_size=4,
+        image_size=64,
     )
+
+
+def _debug_text() -> TextTransformerConfig:
+    return TextTransformerConfig(context_length=16, width=16, depth=1, heads=2)
+
+
+def debug() -> TrainConfig:
+    model = DecoderConfig(unet=_debug_unet(), text=_debug_text(), embed_dim=16)
     return TrainConfig(
         stage="decoder",
         recipe="debug",
@@ -203,6 +208,24 @@ def glide() -> TrainConfig:
     )
 
 
+def glide_debug() -> TrainConfig:
+    """GLIDE's inputs at the size of `debug`, in a bundle of its own: a cascade has one decoder."""
+    model = DecoderConfig(unet=_debug_unet(), text=_debug_text())
+    return TrainConfig(
+        stage="decoder",
+        recipe="glide_debug",
+        run=shared.run_folder("glide_debug", "decoder"),
+        bundle=shared.bundle("glide_debug"),
+        data=TrainDataConfig(path=shared.openmoji(64), shuffle_rows=256),
+        objective=DecoderObjectiveConfig(
+            stage=stage(model, SamplingConfig(num_inference_steps=4, guidance_scale=2.0)), text_drop_prob=0.2
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        zero=shared.FP32,
+        loop=shared.debug_loop(),
+    )
+
+
 def adm() -> TrainConfig:
     """ADM's class-conditional ImageNet-64 (Dhariwal and Nichol 2021, Table 11): 296M, batch 2048, 540K steps, rate 3e-4.
 
@@ -234,4 +257,33 @@ def adm() -> TrainConfig:
     )
 
 
-RECIPES = {"demo": demo, "debug": debug, "small": small, "paper": paper, "glide": glide, "adm": adm}
+def adm_debug() -> TrainConfig:
+    """ADM's inputs at the size of `debug`: the classes are OpenMoji's colours."""
+    classes = (*COLOURS, NO_ATTRIBUTE)
+    model = DecoderConfig(unet=_debug_unet(), num_classes=len(classes))
+    sampling = SamplingConfig(num_inference_steps=4, guidance_scale=2.0)
+    return TrainConfig(
+        stage="decoder",
+        recipe="adm_debug",
+        run=shared.run_folder("adm_debug", "decoder"),
+        bundle=shared.bundle("adm_debug"),
+        data=TrainDataConfig(path=shared.openmoji(64), shuffle_rows=256),
+        objective=DecoderObjectiveConfig(
+            stage=stage(model, sampling).merged({"label_column": "colour", "classes": classes})
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        zero=shared.FP32,
+        loop=shared.debug_loop(),
+    )
+
+
+RECIPES = {
+    "demo": demo,
+    "debug": debug,
+    "small": small,
+    "paper": paper,
+    "glide": glide,
+    "glide_debug": glide_debug,
+    "adm": adm,
+    "adm_debug": adm_debug,
+}

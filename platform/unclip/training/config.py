@@ -15,15 +15,39 @@ from unclip.training.objectives.clip import ClipObjectiveConfig
 from unclip.training.optim import OptimizerConfig
 
 
+class DataSourceConfig(Config):
+    """One of the folders that a run's batches are mixed of."""
+
+    path: str = Field(min_length=1)
+    """Folder of Parquet shards, local or `s3://`; columns as in the record contract."""
+    weight: float = Field(default=1.0, gt=0)
+    """Samples of it in a batch, in proportion to the other sources' weights."""
+
+
 class TrainDataConfig(Config):
     """Where the records come from and how they are shuffled."""
 
     path: str
     """Folder of Parquet shards, local or `s3://`; columns as in the record contract."""
+    weight: float = Field(default=1.0, gt=0)
+    """Samples of it in a batch, in proportion to the weights of `others`."""
+    others: tuple[DataSourceConfig, ...] = ()
+    """Further folders whose records are mixed with those of `path` in every batch: `[{path: …, weight: 1}]` is half
+    and half (the paper's mix of two data sets)."""
     shuffle_rows: int = Field(default=16384, gt=0)
     """Rows mixed with each other in one chunk; chunks draw from row groups permuted over the whole data set."""
     embeddings: Literal["columns", "stream"] = "columns"
     """CLIP embeddings: `columns` written by jobs/embed.py, or made in the `stream` by a pool of frozen CLIPs."""
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The folder of each source by the name of its field, in their order."""
+        return {"data.path": self.path} | {f"data.others.{i}.path": other.path for i, other in enumerate(self.others)}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each source, in the order of `paths`."""
+        return (self.weight, *(other.weight for other in self.others))
 
 
 class LoopConfig(Config):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from unclip.config.base import ConfigError
 from unclip.data.batches import BatchSpec
 from unclip.data.labels import check_labels, distinct_labels
-from unclip.data.manifest import DataError, Manifest, scan
-from unclip.data.order import RunOrder
+from unclip.data.manifest import DataError, Manifest, check_same_types, scan
+from unclip.data.order import RunOrder, batch_shares
 from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.bundle import ClipReference, check_clip
 from unclip.pipelines.stages.classifier import MAX_CLASSES
@@ -21,12 +24,34 @@ from unclip.utils import storage
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is ready to start: addresses absolute, objective fitted to its CLIP, records found."""
+    """A run that is ready to start: addresses absolute, objective fitted to its CLIP, records of every source found."""
 
     config: TrainConfig
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     spec: BatchSpec
     order: RunOrder
+
+    def data_report(self, samples_seen: int) -> list[dict[str, Any]]:
+        """What a run that saw so many samples has trained of each source; plain JSON values.
+
+        `left_out` rows are what each epoch skips, others in each; `untrained` rows are those of the epoch under way whose
+        turn was still to come.
+        """
+        taken = self.order.taken(samples_seen // self.order.global_batch_size)
+        report = []
+        for manifest, source, samples in zip(self.manifests, self.order.sources, taken, strict=True):
+            epochs, begun = divmod(samples, source.samples_per_epoch)
+            report.append(
+                {
+                    "path": manifest.uri,
+                    "rows": source.rows,
+                    "samples": samples,
+                    "whole_epochs": epochs,
+                    "left_out": source.remainder,
+                    "untrained": source.samples_per_epoch - begun if begun else 0,
+                }
+            )
+        return report
 
 
 def prepare_run(config: TrainConfig) -> PreparedRun:
@@ -34,7 +59,7 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
 
     Raises `ConfigError` or `DataError` naming the field, the value and what would be right.
     """
-    for field, value in (("run", config.run), ("data.path", config.data.path)):
+    for field, value in ({"run": config.run} | config.data.paths).items():
         if not value:
             raise ConfigError(f"{field}: required, but not given")
     config = _with_classes(_with_absolute_paths(config))
@@ -42,17 +67,18 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
     spec = config.objective.batch_spec()
     if not columns:
         spec = spec.model_copy(update={"embeddings": ()})
-    manifest = scan(config.data.path, spec.columns())
+    manifests = _scan_all(config, spec.columns())
+    check_same_types(manifests, spec.columns())
     if config.objective.embedding_columns:
-        identity = _clip_of_columns(config, manifest) if columns else _clip_in_stream(config)
+        identity = _clip_of_columns(config, manifests) if columns else _clip_in_stream(config)
         config = _fitted(config, identity)
         if not columns:
             spec = BatchSpec.from_dict(spec.to_dict() | identity["inputs"])
-    order = _order(config, manifest)
+    order = _order(config, manifests)
     RunFolder(config.run).check(config)
     if config.bundle is not None:
         _check_bundle(config)
-    return PreparedRun(config, manifest, spec, order)
+    return PreparedRun(config, manifests, spec, order)
 
 
 def _check_bundle(config: TrainConfig) -> None:
@@ -86,7 +112,10 @@ def check_outputs(config: TrainConfig) -> None:
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     changes: dict[str, Any] = {
         "run": storage.absolute(config.run),
-        "data": {"path": storage.absolute(config.data.path)},
+        "data": {
+            "path": storage.absolute(config.data.path),
+            "others": [other.merged({"path": storage.absolute(other.path)}).to_dict() for other in config.data.others],
+        },
         "bundle": storage.absolute(config.bundle) if config.bundle else None,
     }
     if config.clip:
@@ -99,41 +128,91 @@ def absolute_clip(source: str) -> str:
     return storage.absolute(source) if storage.exists(storage.join(source, "config.json")) else source
 
 
+def _scan_all(config: TrainConfig, columns: Sequence[str]) -> tuple[Manifest, ...]:
+    """What each source holds."""
+    fields: dict[str, str] = {}
+    for field, path in config.data.paths.items():
+        if path in fields:
+            raise ConfigError(f"{field} = {path!r}: is {fields[path]} already")
+        fields[path] = field
+    return tuple(scan(path, columns) for path in fields)
+
+
 def _with_classes(config: TrainConfig) -> TrainConfig:
     """Checks the labels of the data against the classes; where a classifier leaves those open, takes them from there."""
     spec = config.objective.batch_spec()
     if spec.label_column is None:
         return config
-    manifest = scan(config.data.path, (spec.label_column,))
+    manifests = _scan_all(config, (spec.label_column,))
     if spec.classes:
-        check_labels(manifest, spec.label_column, spec.classes)
+        for manifest in manifests:
+            check_labels(manifest, spec.label_column, spec.classes)
         return config
     assert isinstance(config.objective, ClassifierObjectiveConfig)  # every other stage names its classes
-    classes = distinct_labels(manifest, spec.label_column, at_most=MAX_CLASSES)
-    if len(classes) < 2:
+    found = [distinct_labels(manifest, spec.label_column, at_most=MAX_CLASSES) for manifest in manifests]
+    classes = tuple(sorted(set().union(*found)))
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        folders = ", ".join(repr(manifest.uri) for manifest in manifests)
         raise ConfigError(
-            f"objective.stage.label_column = {spec.label_column!r}: data folder {manifest.uri!r} holds only {classes[0]!r} "
-            "in it; a classifier needs two classes"
+            f"objective.stage.label_column = {spec.label_column!r}: data folder {folders} holds "
+            + (
+                f"only {classes[0]!r} in it; a classifier needs two classes"
+                if len(classes) < 2
+                else f"{len(classes)} classes in it; a classifier has at most {MAX_CLASSES}"
+            )
         )
     return config.merged({"objective": config.objective.with_classes(classes).to_dict()})
 
 
-def _clip_of_columns(config: TrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What the embed job stored with the data about the CLIP of its embeddings."""
-    facts = manifest.facts.get("clip")
-    if facts is None:
+def _clip_of_columns(config: TrainConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What the embed job stored with the data about the CLIP of its embeddings; one CLIP for all sources."""
+    clips = [_stored_clip(manifest) for manifest in manifests]
+    for manifest, clip in zip(manifests, clips, strict=True):
+        if clip["fingerprint"] != clips[0]["fingerprint"]:
+            raise ConfigError(
+                f"data.others: the embeddings in {manifest.uri!r} are of another CLIP ({_named(clip)}) than those in "
+                f"{manifests[0].uri!r} ({_named(clips[0])})"
+            )
+    if config.clip is not None:
+        fingerprint = load_clip_named(config.clip).fingerprint
+        if fingerprint != clips[0]["fingerprint"]:
+            raise ConfigError(
+                f"clip = {config.clip!r} (fingerprint {fingerprint[:12]}…) is not the CLIP of the embeddings in "
+                f"{manifests[0].uri!r} ({_named(clips[0])})"
+            )
+    statistics = [manifest.facts.get("statistics") for manifest in manifests]
+    return {**clips[0], "statistics": mixed_statistics(statistics, config.data.weights)}
+
+
+def _stored_clip(manifest: Manifest) -> dict[str, Any]:
+    clip = manifest.facts.get("clip")
+    if clip is None:
         raise DataError(
             f"data folder {manifest.uri!r} does not say which CLIP its embeddings come from: write them with jobs/embed.py, "
             "or set data.embeddings=stream"
         )
-    if config.clip is not None:
-        fingerprint = load_clip_named(config.clip).fingerprint
-        if fingerprint != facts["fingerprint"]:
-            raise ConfigError(
-                f"clip = {config.clip!r} (fingerprint {fingerprint[:12]}…) is not the CLIP of the embeddings in "
-                f"{manifest.uri!r} ({facts['source']!r}, {facts['fingerprint'][:12]}…)"
-            )
-    return {**facts, "statistics": manifest.facts.get("statistics")}
+    return dict(clip)
+
+
+def _named(clip: Mapping[str, Any]) -> str:
+    return f"{clip['source']!r}, {clip['fingerprint'][:12]}…"
+
+
+def mixed_statistics(
+    statistics: Sequence[Mapping[str, Any] | None], weights: Sequence[float]
+) -> dict[str, list[float]] | None:
+    """`mean` and `std` (D,) of what a batch holds: of the mix of distributions with these weights.
+
+    None where a source has no statistics.
+    """
+    known = [entry for entry in statistics if entry is not None]
+    if len(known) < len(statistics):
+        return None
+    shares = np.array(weights, dtype=np.float64)[:, None] / sum(weights)
+    means, stds = (np.array([entry[name] for entry in known], dtype=np.float64) for name in ("mean", "std"))
+    mean = (shares * means).sum(axis=0)
+    variance = (shares * (stds**2 + (means - mean) ** 2)).sum(axis=0)
+    return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist()}
 
 
 def load_clip_named(source: str) -> ClipModel:
@@ -163,17 +242,29 @@ def _clip_in_stream(config: TrainConfig) -> dict[str, Any]:
 
 def _fitted(config: TrainConfig, clip: dict[str, Any]) -> TrainConfig:
     objective = config.objective.with_embeddings(clip["embed_dim"], clip["statistics"])
+    objective.check_clip(clip["fingerprint"])
     return config.merged(
         {"objective": objective.to_dict(), "clip": clip["source"], "clip_fingerprint": clip["fingerprint"]}
     )
 
 
-def _order(config: TrainConfig, manifest: Manifest) -> RunOrder:
+def _order(config: TrainConfig, manifests: Sequence[Manifest]) -> RunOrder:
     batch = config.loop.global_batch_size
-    if manifest.rows < batch:
-        raise ConfigError(
-            f"loop.global_batch_size = {batch}: data folder {manifest.uri!r} has only {manifest.rows} rows"
-        )
-    chunk_rows = max(1, config.data.shuffle_rows // batch) * batch
-    rows = [fragment.rows for fragment in manifest.fragments]
-    return RunOrder(rows, config.seed, global_batch_size=batch, chunk_rows=chunk_rows)
+    shares = batch_shares(config.data.weights, batch)
+    for field, manifest, share in zip(config.data.paths, manifests, shares, strict=True):
+        if manifest.rows < share:
+            raise ConfigError(
+                f"loop.global_batch_size = {batch}: data folder {manifest.uri!r} has only {manifest.rows} rows"
+            )
+        if share < 1:
+            name = field.replace("path", "weight")
+            raise ConfigError(f"{name}: gives less than one sample to a batch of loop.global_batch_size = {batch}")
+    # Of less data than that, a chunk would hold every row several times over.
+    shuffled = min(config.data.shuffle_rows, sum(manifest.rows for manifest in manifests))
+    return RunOrder(
+        [[fragment.rows for fragment in manifest.fragments] for manifest in manifests],
+        config.seed,
+        weights=config.data.weights,
+        global_batch_size=batch,
+        chunk_rows=max(1, shuffled // batch) * batch,
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unclip.data.manifest import DataError, Fragment, read_slices, scan
+from unclip.data.manifest import DataError, Fragment, SliceReader, check_same_types, read_slices, scan
 
 
 def write(path: Path, ids: list[int], row_group_size: int = 4, id_type: str = "int64") -> None:
@@ -33,6 +34,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def listed(folder: Path) -> Path:
+    """`folder` with its shards in manifest.json, as jobs write it."""
+    shards = []
+    for path in sorted(folder.glob("*.parquet")):
+        footer = pq.read_metadata(path)
+        groups = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        shards.append({"file": path.name, "rows": sum(groups), "bytes": path.stat().st_size, "row_groups": groups})
+    relist(folder, shards)
+    return folder
+
+
+def shards_of(folder: Path) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = json.loads((folder / "manifest.json").read_text())["shards"]
+    return shards
+
+
+def relist(folder: Path, shards: object) -> None:
+    (folder / "manifest.json").write_text(json.dumps({"clip_fingerprint": "abc", "shards": shards}))
+
+
 def test_fragments_are_row_groups_of_files_sorted_by_name(folder: Path) -> None:
     manifest = scan(str(folder), columns=("id", "image"))
     assert [(f.file, f.row_group, f.rows) for f in manifest.fragments] == [
@@ -46,6 +68,109 @@ def test_fragments_are_row_groups_of_files_sorted_by_name(folder: Path) -> None:
     assert manifest.columns == ("id", "image", "caption")
     assert manifest.facts == {"clip_fingerprint": "abc"}
     assert pickle.loads(pickle.dumps(manifest)) == manifest
+
+
+def test_a_listed_folder_is_what_its_footers_say_without_reading_them(folder: Path, listed: Path) -> None:
+    truth = scan(str(listed), columns=("id", "image"))
+    (listed / "manifest.json").unlink()
+    from_footers = scan(str(listed), columns=("id", "image"))
+    assert (truth.fragments, truth.schema, truth.rows) == (from_footers.fragments, from_footers.schema, 16)
+    assert truth.facts == {"clip_fingerprint": "abc"}
+
+
+def test_of_a_listed_folder_only_the_first_footer_is_read(listed: Path) -> None:
+    last = listed / "part-00001.parquet"
+    last.write_bytes(b"\0" * last.stat().st_size)
+    manifest = scan(str(listed), columns=("id",))
+    assert manifest.rows == 16
+    with pytest.raises(DataError, match=r"part-00001\.parquet' cannot be read"):
+        read_slices(manifest, [(3, 0, 1)], ("id",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bytes": 7}, r"part-00000\.parquet' has \d+ bytes, manifest\.json says 7"),
+        ({"file": "other.parquet"}, r"other\.parquet' is missing: manifest\.json lists it"),
+        ({"file": "../part-00000.parquet"}, r"is missing"),
+        ({"rows": 11}, r"part-00000\.parquet': its row groups in manifest\.json do not have its rows"),
+        ({"row_groups": "many"}, "'shards' is not a list of files"),
+    ],
+)
+def test_shards_that_are_not_as_listed(listed: Path, change: dict[str, Any], message: str) -> None:
+    first, *others = shards_of(listed)
+    relist(listed, [first | change, *others])
+    with pytest.raises(DataError, match=message):
+        scan(str(listed))
+
+
+def test_files_that_are_not_listed(listed: Path) -> None:
+    write(listed / "stray.parquet", [1])
+    with pytest.raises(DataError, match=r"stray\.parquet' is not among the shards"):
+        scan(str(listed))
+
+
+def test_row_groups_that_are_not_as_listed(listed: Path) -> None:
+    first, *others = shards_of(listed)
+    relist(listed, [first | {"row_groups": [5, 4, 1]}, *others])
+    manifest = scan(str(listed))
+    with pytest.raises(DataError, match=r"part-00000\.parquet': row group 0 has 4 rows, expected 5"):
+        read_slices(manifest, [(0, 0, 5)], ("id",))
+
+
+@pytest.mark.parametrize("shards", [3, ["a.parquet"], [{"file": "part-00000.parquet"}]])
+def test_a_manifest_that_lists_nonsense(folder: Path, shards: object) -> None:
+    relist(folder, shards)
+    with pytest.raises(DataError, match="'shards' is not a list of files"):
+        scan(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_manifest_that_is_no_json_object(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json' is no"):
+        scan(str(folder))
+
+
+@pytest.mark.parametrize("work", ["_ingest", "_parts"])
+def test_an_unfinished_folder(folder: Path, work: str) -> None:
+    (folder / work).mkdir()
+    assert scan(str(folder)).rows == 16  # what is left over beside a manifest does not matter
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=f"is unfinished: it has {work}/ but no manifest.json"):
+        scan(str(folder))
+
+
+def test_types_that_change_behind_the_first_file_of_a_listed_folder(listed: Path) -> None:
+    last = listed / "part-00001.parquet"
+    write(last, list(range(10, 16)), id_type="string")
+    first, second = shards_of(listed)
+    relist(listed, [first, second | {"bytes": last.stat().st_size}])
+    with pytest.raises(DataError, match=r"part-00001\.parquet': column 'id' is string, in the first file int64"):
+        read_slices(scan(str(listed)), [(0, 0, 1), (3, 0, 1)], ("id",))
+
+
+def test_a_reader_of_two_folders_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    """Rows source after source; what begins in the row group that was read last is not read again."""
+    write(tmp_path / "second" / "a.parquet", [100, 101, 102])
+    manifests = [scan(str(folder)), scan(str(tmp_path / "second"))]
+    reader = SliceReader(manifests, ("id",))
+    first = reader.read([[(0, 0, 4), (1, 0, 2)], [(0, 0, 1)]])
+    assert first.column("id").to_pylist() == [0, 1, 2, 3, 4, 5, 100]
+    (folder / "part-00000.parquet").unlink()
+    (tmp_path / "second" / "a.parquet").unlink()
+    second = reader.read([[(1, 2, 4), (3, 0, 1)], [(0, 1, 3)]])
+    assert second.column("id").to_pylist() == [6, 7, 10, 101, 102]
+    with pytest.raises(DataError, match=r"part-00000\.parquet' cannot be read"):
+        reader.read([[(2, 0, 1)], []])
+
+
+def test_folders_of_other_types_are_not_mixed(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "second" / "a.parquet", [1], id_type="int32")
+    manifests = [scan(str(folder)), scan(str(tmp_path / "second"))]
+    check_same_types(manifests, ("caption",))
+    with pytest.raises(DataError, match=r"second': column 'id' is int32, in .* int64"):
+        check_same_types(manifests, ("id",))
 
 
 def test_slices_are_read_in_their_order(folder: Path) -> None:

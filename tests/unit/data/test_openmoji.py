@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from unclip.data.batches import BatchSpec, make_batch
+from unclip.data.labels import distinct_labels
 from unclip.data.manifest import read_slices, scan
-from unclip.data.openmoji import OpenMoji, PrepareConfig, load_drawings, prepare
+from unclip.data.openmoji import ATTRIBUTES, OpenMoji, PrepareConfig, load_drawings, prepare
+from unclip.data.openmoji_captions import COLOURS
 from unclip.data.openmoji_splits import SPLITS, assign_splits, combination
 
 PARTS = ("role", "skin_tone", "hair", "colour", "shape")
@@ -116,9 +118,20 @@ def test_records_are_as_documented(prepared: tuple[PrepareConfig, dict]) -> None
         for row in pq.read_table(f"{folder}/part-00000.parquet").to_pylist():
             drawing = drawings[row["hexcode"]]
             assert (row["id"], row["caption"], row["split"]) == (drawing.id, drawing.caption, split)
+            for name in ATTRIBUTES[:-1]:
+                assert row[name] == (getattr(drawing, name) or "none")
             picture = Image.open(io.BytesIO(row["image"]))
             assert (picture.mode, picture.size) == ("RGB", (48, 48))
             assert (row["width"], row["height"]) == (48, 48)
+
+
+def test_every_attribute_is_a_column_of_classes(prepared: tuple[PrepareConfig, dict]) -> None:
+    config, _ = prepared
+    manifest = scan(f"{config.out}/48/train")
+    labels = {name: distinct_labels(manifest, name, at_most=100) for name in ATTRIBUTES}
+    assert set(labels["colour"]) <= {*COLOURS, "none"}
+    assert all("none" in labels[name] for name in ("role", "gender", "skin_tone", "hair", "colour", "shape"))
+    assert labels["split"] == ("train",)
 
 
 def test_sizes_hold_the_same_records_and_the_same_drawings(prepared: tuple[PrepareConfig, dict]) -> None:

@@ -264,9 +264,11 @@ def test_the_last_timestep_is_pure_noise(schedule) -> None:
 
 @pytest.mark.parametrize("previous", [998, 500, 0, -1])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range", "analytic"])
-def test_a_step_from_pure_noise_forgets_it(variance_type, previous) -> None:
+@pytest.mark.parametrize("measured", [0.99, 1.0, 1.01])
+def test_a_step_from_pure_noise_forgets_it(measured, variance_type, previous) -> None:
     """x_s is then drawn from q(x_s | x_start): x_t says nothing of it."""
-    table = [0.9] * 1000 if variance_type == "analytic" else None
+    # Measured at pure noise, where every answer is the noise itself, it is 1 but for the draws: that says nothing.
+    table = [0.9] * 999 + [measured] if variance_type == "analytic" else None
     process = build(
         zero_terminal_snr=True,
         prediction_type="sample",

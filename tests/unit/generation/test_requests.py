@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from unclip.config.base import ConfigError
-from unclip.generation.requests import GenerateConfig, Request, check_lengths, plan
+from unclip.generation.requests import GenerateConfig, Request, check_prompts, plan
+from unclip.pipelines.guides import GuideOptions
+from unclip.pipelines.text_to_image import Cascade
 
 
 def config(**fields: Any) -> GenerateConfig:
@@ -83,9 +85,22 @@ def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> 
         config(**fields)
 
 
+def cascade(context_length: int, classes: tuple[str, ...] = ()) -> Cascade:
+    return Cascade({}, {}, GuideOptions(), context_length, classes)
+
+
 def test_prompts_that_would_be_cut_are_refused(tmp_path: Path) -> None:
     settings = config(prompts_file=prompts_file(tmp_path, b"a dog\na red dog and a cat\n"))
     requests = plan(settings)
-    check_lengths(settings, requests, context_length=8)
+    check_prompts(settings, requests, cascade(8))
     with pytest.raises(ConfigError, match="line 2: the prompt has 8 tokens with start and end; the networks read 7"):
-        check_lengths(settings, requests, context_length=7)
+        check_prompts(settings, requests, cascade(7))
+
+
+def test_prompts_that_are_no_class_are_refused_where_the_decoder_draws_classes(tmp_path: Path) -> None:
+    settings = config(prompts_file=prompts_file(tmp_path, b"red\ngren\n"))
+    requests = plan(settings)
+    check_prompts(settings, requests, cascade(77))
+    check_prompts(settings, requests, cascade(77, ("red", "gren")))
+    with pytest.raises(ConfigError, match=r"line 2 = 'gren': none of the 2 classes; did you mean 'green'\?"):
+        check_prompts(settings, requests, cascade(77, ("red", "green")))

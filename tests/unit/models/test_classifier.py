@@ -76,6 +76,13 @@ def test_logits_depend_on_picture_timestep_and_place_but_not_on_the_batch(random
     assert (model(x_t.roll(3, dims=3), timesteps) - logits).abs().max() > 1e-3  # positions of the pool
 
 
+def test_every_parameter_has_a_part_in_the_logits(randomized: Randomized) -> None:
+    model = tiny(randomized).requires_grad_(True)
+    model(*inputs()).square().sum().backward()
+    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert not idle
+
+
 def test_bfloat16_networks_give_float32_logits(randomized: Randomized) -> None:
     model, (x_t, timesteps) = tiny(randomized), inputs()
     expected = model(x_t, timesteps)

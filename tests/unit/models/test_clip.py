@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -10,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from unclip.models.clip import (
     ClipArchitectureConfig,
     ClipConfig,
+    ClipDescription,
     ClipModel,
     Tokenizer,
     load_clip,
@@ -91,6 +95,49 @@ def test_embeddings_have_unit_norm_and_do_not_depend_on_the_batch(model: ClipMod
     texts = model.encode_text(tokens)
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(model.encode_text(tokens[2:]), texts[2:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_text_states_are_those_before_pooling(known_name: str, custom_text: bool) -> None:
+    """Against open_clip's own output of all tokens, and the embedding that is made of the end-of-text token's."""
+    torch.manual_seed(0)
+    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    network = kind(**TINY.open_clip_config()).eval()
+    clip = ClipModel(network, ClipDescription(TINY.open_clip_config()), Tokenizer(known_name))
+    tokens = clip.tokenize(CAPTIONS)
+    embeds, states = clip.encode_text_states(tokens)
+    assert states.shape == (3, 12, clip.text_state_dim) == (3, 12, 32)
+    torch.testing.assert_close(embeds, clip.encode_text(tokens))
+    text = network.text if custom_text else network
+    last = states[torch.arange(3), tokens.argmax(dim=1)]
+    torch.testing.assert_close(functional.normalize(last @ text.text_projection, dim=1), embeds)
+    if custom_text:
+        text.output_tokens = True
+        torch.testing.assert_close(states, text(tokens)[1])
+        text.output_tokens = False
+    # Of a state's token and those before it, nothing behind.
+    changed = tokens.clone()
+    changed[:, 3] = 7
+    found = clip.encode_text_states(changed)[1]
+    torch.testing.assert_close(found[:, :3], states[:, :3])
+    assert (found[:, 3] - states[:, 3]).abs().amax() > 1e-3
+
+
+def test_clips_without_fitting_text_states_say_so(model: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TINY.open_clip_config()
+    config["text_cfg"]["embed_cls"] = True
+    with_class = open_clip.CustomTextCLIP(**config)
+    # A tokenizer that open_clip takes from a package which is not there.
+    package = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=lambda *_, **__: object()))
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    for clip, reason in (
+        (ClipModel(with_class, model.description, Tokenizer(None)), "no final norm over all tokens"),
+        (ClipModel(model.clip, model.description, Tokenizer("roberta-ViT-B-32")), "not CLIP's byte-pair encoding"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            _ = clip.text_state_dim
+        with pytest.raises(ValueError, match=reason):
+            clip.encode_text_states(model.tokenize(CAPTIONS))
 
 
 def test_preprocessing_is_open_clips(model: ClipModel) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,6 +203,27 @@ def test_inputs_that_are_missing_or_unknown_are_named(tiny_configs: Mapping[str,
     for label in (-1, 3):
         with pytest.raises(ValueError, match=rf"label = \[0, {label}\]: each must be from 0 to 2"):
             sample_decoder(config, Echo(), label=torch.tensor([0, label]))
+
+
+def test_embeddings_and_pictures_of_another_scale_are_refused(
+    tiny_configs: Mapping[str, Any], one_step_prior: PriorStage
+) -> None:
+    """CLIP's raw vectors have norms around 10, pictures come in [0, 255] and [-3, 1]: all would be sampled from in silence."""
+    unit = functional.normalize(torch.randn(2, 8), dim=1)
+    decoder = tiny_configs["decoder"]
+    DecoderStage(decoder, Echo(2)).sample(unit.half(), TOKENS, streams(), sampling=decoder.sampling)
+    for wrong in (10 * unit, unit * torch.tensor([[1.0], [0.9]]), unit * math.nan):
+        with pytest.raises(ValueError, match="image_embed must be of unit norm, but has norms from"):
+            DecoderStage(decoder, Echo(2)).sample(wrong, TOKENS, streams(), sampling=decoder.sampling)
+        with pytest.raises(ValueError, match="text_embed must be of unit norm, but has norms from"):
+            one_step_prior.sample(wrong, TOKENS, streams(), sampling=one_step_prior.config.sampling)
+    upsampler = tiny_configs["upsampler_256"]
+    for low, high in ((0, 255), (-3, 1)):
+        low_res = torch.linspace(low, high, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+        with pytest.raises(ValueError, match=rf"low_res must be in \[-1, 1\], but is in \[{low}, {high}\]"):
+            UpsamplerStage(upsampler, Echo()).sample(low_res, streams(), sampling=upsampler.sampling)
+        with pytest.raises(ValueError, match=r"known must be in \[-1, 1\]"):
+            sample_decoder(decoder.merged(INPAINTING), Echo(2), known=low_res)
 
 
 # --- upsamplers -------------------------------------------------------------------------------------------------------

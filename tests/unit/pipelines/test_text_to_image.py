@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from unclip.config.base import ConfigError
+from unclip.models.decoder import DecoderCondition
 from unclip.pipelines.bundle import Bundle, BundleError, save_stage
 from unclip.pipelines.pictures import to_signed, to_uint8
-from unclip.pipelines.stages import StageConfig, stage_config_from_dict
+from unclip.pipelines.stages import DecoderStage, StageConfig, stage_config_from_dict
 from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
 from unclip.utils.random import SampleGenerator
 
@@ -28,6 +30,14 @@ AR_PRIOR = {
         "num_components": 4,
         "num_buckets": 16,
     },
+}
+ADM = {
+    "model": {"embed_dim": None, "text": None, "num_classes": 3},
+    "label_column": "kind",
+    "classes": ["cat", "dog", "owl"],
+}
+STATES = {
+    "model": {"embed_dim": None, "text": None, "text_states": {"context_length": 16, "state_dim": 16, "width": 8}}
 }
 
 
@@ -121,6 +131,8 @@ def test_bfloat16_stays_near_float32(tiny_bundle: str, output: CascadeOutput) ->
         ({"up_to": 8}, "up_to = 8"),
         ({"prior": {"num_inference_steps": 51}}, "options.prior.*51"),
         ({"upsampler_256": {"timestep_spacing": "fast27"}}, "options.upsampler_256.*fast27"),
+        ({"upsampler_256": {"timesteps_list": [50, 3]}}, r"options.upsampler_256.*0\.\.49, not \[50, 3\]"),
+        ({"decoder": {"timesteps_list": [9, 3], "num_inference_steps": 5}}, "options.decoder.*has 2 timesteps"),
         ({"upsampler_256": {"guidance_scale": 2.0}}, "upsampler_256.guidance_scale: unknown field"),
     ],
 )
@@ -138,9 +150,85 @@ def test_a_chain_with_a_gap_is_refused_unless_it_is_not_needed(tiny_configs: Map
     assert list(plan_cascade(gap, options(up_to=16)).sizes.values()) == [16]  # type: ignore[arg-type]
 
 
-def test_a_bundle_without_prior_makes_no_pictures(tiny_configs: Mapping[str, StageConfig]) -> None:
-    with pytest.raises(BundleError, match=r"prior and decoder; the bundle has decoder"):
+def test_stages_that_a_decoder_needs_are_named(tiny_configs: Mapping[str, StageConfig]) -> None:
+    with pytest.raises(BundleError, match=r"needs the stage prior; the bundle has decoder"):
         plan_cascade({"decoder": tiny_configs["decoder"]}, GenerationOptions())
+    with pytest.raises(BundleError, match=r"need the stage decoder; the bundle has prior"):
+        plan_cascade({"prior": tiny_configs["prior"]}, GenerationOptions())
+    told = tiny_configs["decoder"].merged(ADM | {"model": {**ADM["model"], "embed_dim": 8}})
+    with pytest.raises(BundleError, match=r"is told label, which a prompt does not say"):
+        plan_cascade({**tiny_configs, "decoder": told}, GenerationOptions())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="told image_embed, tokens needs clip, and prior"):
+        Pipeline(DecoderStage(tiny_configs["decoder"], nn.Linear(1, 1)), upsamplers={})  # type: ignore[arg-type]
+
+
+# --- decoders that are told no image embedding ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["glide", "adm", "states"])
+def forerunner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> str:
+    """A bundle of that decoder and the upsamplers without a prior, and without a CLIP but for the one told its states."""
+    uri = str(tmp_path_factory.mktemp(request.param) / "bundle")
+    full = Bundle.load(tiny_bundle)
+    changes = {"glide": {"model": {"embed_dim": None}}, "adm": ADM, "states": STATES}[request.param]
+    decoder = full.configs["decoder"].merged(changes)
+    torch.manual_seed(0)
+    network = decoder.build()
+    for parameter in network.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    clip = full.clip if decoder.in_clip_space else None
+    save_stage(uri, decoder, tensors=network.state_dict(), clip=clip, provenance={})
+    for name in ("upsampler_256", "upsampler_1024", *(["clip"] if clip else [])):
+        tensors = full.load_model(name).state_dict()  # type: ignore[arg-type]
+        reference = full.manifests[name].clip  # type: ignore[index]
+        save_stage(uri, full.configs[name], tensors=tensors, clip=reference, provenance={})  # type: ignore[index]
+    return uri
+
+
+def test_decoders_without_a_prior_make_pictures_of_prompts(forerunner: str) -> None:
+    """Of captions, of CLIP's states of them, or of the names of classes: through the same cascade, with guidance."""
+    pipeline = Pipeline.from_bundle(forerunner)
+    prompts = list(ADM["classes"])
+    output = pipeline(prompts, [7, 7, 7])
+    assert output.image_embed is None
+    assert {size: picture.shape for size, picture in output.images.items()} == {
+        size: (3, size, size, 3) for size in (16, 32, 64)
+    }
+    first, *others = output.images[16].astype(int)
+    assert all(np.abs(first - other).max() > 2 for other in others)  # the prompt is all that they differ in
+    alone = pipeline(prompts[1:2], [7], options=options(up_to=16))
+    assert np.abs(alone.images[16][0].astype(int) - output.images[16][1].astype(int)).max() <= 2
+    # Not with ddpm, whose learned variance is that of the conditional half.
+    ignored = options(decoder={"guidance_scale": 0.0, "sampler": "ddim"}, up_to=16)
+    unguided = pipeline(prompts, [7, 7, 7], options=ignored)
+    assert np.abs(unguided.images[16][0].astype(int) - unguided.images[16][1].astype(int)).max() <= 1
+    assert set(pipeline(prompts, [1, 2, 3], options=options(up_to=32)).images) == {16, 32}
+
+
+class Asked(nn.Module):
+    """A decoder's network that keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def prepare(self, cond: DecoderCondition) -> DecoderCondition:
+        self.cond = cond
+        return cond
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: DecoderCondition) -> torch.Tensor:
+        return torch.cat([x_t, x_t], dim=1)
+
+
+def test_a_class_is_the_one_that_the_prompt_names(tiny_configs: Mapping[str, StageConfig]) -> None:
+    decoder = tiny_configs["decoder"].merged(ADM)
+    stage = DecoderStage(decoder, Asked())
+    pipeline = Pipeline(stage, upsamplers={})
+    unguided = options(decoder={"guidance_scale": 1.0})
+    pipeline(["owl", "cat", "owl"], [1, 2, 3], options=unguided)
+    assert stage._denoise.cond.label.label.tolist() == [2, 0, 2]
+    with pytest.raises(ConfigError, match=r"prompt = 'cats': none of the 3 classes; did you mean 'cat'\?"):
+        pipeline(["owl", "cats"], [1, 2], options=unguided)
 
 
 def test_seeds_are_checked(pipeline: Pipeline) -> None:
@@ -157,6 +245,8 @@ def test_chosen_steps_replace_a_stored_list_of_timesteps(tiny_configs: Mapping[s
     assert as_stored.timesteps(50) == [49, 20, 0]  # type: ignore[union-attr]
     chosen = plan_cascade(configs, options(decoder={"num_inference_steps": 2})).sampling["decoder"]  # type: ignore[arg-type]
     assert chosen.timesteps(50) == [49, 0]  # type: ignore[union-attr]
+    listed = plan_cascade(configs, options(decoder={"timesteps_list": [40, 5]})).sampling["decoder"]  # type: ignore[arg-type]
+    assert listed.timesteps(50) == [40, 5]  # type: ignore[union-attr]
 
 
 def test_an_interval_of_guidance_can_be_chosen(pipeline: Pipeline, output: CascadeOutput) -> None:
@@ -205,3 +295,16 @@ def test_each_prior_has_options_of_its_own(ar_bundle: str, tiny_configs: Mapping
         plan_cascade(configs, options(prior={"num_inference_steps": 3}))
     with pytest.raises(ConfigError, match=r"options.prior: temperature: unknown field"):
         plan_cascade(tiny_configs, options(prior={"temperature": 0.5}))  # type: ignore[arg-type]
+
+
+def test_text_states_are_those_of_the_bundles_clip(tiny_bundle: str, tiny_configs: Mapping[str, StageConfig]) -> None:
+    clip = Bundle.load(tiny_bundle).load_clip()
+    decoder = tiny_configs["decoder"].merged(STATES)
+    stage = DecoderStage(decoder, Asked())
+    Pipeline(stage, clip=clip, upsamplers={})(PROMPTS, SEEDS, options=options(decoder={"guidance_scale": 1.0}))
+    text = stage._denoise.cond.text
+    torch.testing.assert_close(text.states, clip.encode_text_states(clip.tokenize(PROMPTS))[1])
+    assert text.mask.sum(dim=1).tolist() == [5, 5, 5]
+    other = decoder.merged({"model": {"text_states": {"context_length": 12}}})
+    with pytest.raises(ValueError, match="takes the states of 12 tokens; its CLIP has 16"):
+        Pipeline(DecoderStage(other, Asked()), clip=clip, upsamplers={})

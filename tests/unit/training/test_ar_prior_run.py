@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import fit_pca as job
 from tests.support.embedded import embed, save_clip
 from tests.support.streams import local_batches
 
@@ -26,14 +25,13 @@ from unclip.utils.random import SampleGenerator
 def test_records_become_a_stage(openmoji: str, tmp_path: Path) -> None:
     clip = save_clip(str(tmp_path), tiny_architecture())
     data = embed(f"{openmoji}/64/train", str(tmp_path / "embedded"), clip)
-    assert job.main(["--set", f"data={data}", "--set", "num_components=5"]) == 0
     recipe = RECIPES["prior"]["ar_debug"]()
     changes = {
         "run": str(tmp_path / "run"),
         "bundle": str(tmp_path / "bundle"),
         "clip": clip,
         "data": {"path": data},
-        "objective": {"pca": f"{data}/pca.safetensors"},
+        "objective": {"pca": f"{data}/pca.safetensors", "stage": {"model": {"num_components": 5}}},
     }
     prepared = prepare_run(recipe.merged(changes))
     RunFolder(prepared.config.run).open(prepared.config)
@@ -47,7 +45,7 @@ def test_records_become_a_stage(openmoji: str, tmp_path: Path) -> None:
     assert isinstance(stage, ARPriorStageConfig)
     assert isinstance(model, ARPriorModel)
     assert stage.model.num_components == 5
-    basis = PrincipalComponents.load(f"{data}/pca.safetensors")
+    basis = PrincipalComponents.load(f"{data}/pca.safetensors").first(5)
     torch.testing.assert_close(model.codec.components, torch.from_numpy(basis.components).float(), rtol=0, atol=0)
     torch.testing.assert_close(model.codec.deviations, torch.from_numpy(basis.eigenvalues).sqrt().float())
     text_embed = torch.nn.functional.normalize(torch.ones(2, 16), dim=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.support.squares import COLOURS, SIDE, STAGE, coloured_squares, trained_classifier
 
+from unclip.config.base import ConfigError
 from unclip.models.classifier import ClassifierModel
 from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import ClassifierStageConfig
@@ -98,3 +99,8 @@ def test_a_trained_classifier_is_as_sure_as_the_noise_lets_it(
 def test_stages_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CONFIG.stage.merged(changes)
+
+
+def test_no_network_is_built_while_the_classes_are_open() -> None:
+    with pytest.raises(ConfigError, match="classes: empty; a run takes them of its data"):
+        CONFIG.stage.merged({"classes": []}).build()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import ConfigError
-from unclip.data.embedding import EmbeddingCovariance
+from unclip.data.embedding import EmbeddingStatistics
 from unclip.data.manifest import DataError
 from unclip.data.pca import PrincipalComponents
 from unclip.models.ar_prior import ARPriorModel
@@ -45,10 +45,10 @@ def streams(batch: Batch) -> SampleGenerator:
 @pytest.fixture
 def basis(tmp_path: Path) -> str:
     """File with the principal components of that batch."""
-    seen = EmbeddingCovariance(D)
+    seen = EmbeddingStatistics(D)
     seen.update(make_batch()["image_embed"].numpy())
     path = str(tmp_path / "pca.safetensors")
-    PrincipalComponents.fit(seen, num_components=K, reconstruction_error=0.01).save(path)
+    PrincipalComponents.fit(seen, clip="a CLIP").save(path)
     return path
 
 
@@ -170,28 +170,48 @@ def test_a_few_captions_are_learned_by_heart(basis: str) -> None:
     assert (to_true > (found * z_i.roll(1, dims=0)).sum(dim=1)).all()
 
 
-def test_a_run_takes_the_number_of_components_of_its_file(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_takes_the_first_components_of_its_file(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(basis).parent)
-    config = objective_config("pca.safetensors")
-    config = config.merged({"stage": {"model": {"num_components": 2}}})
+    config = objective_config("pca.safetensors").merged({"stage": {"model": {"num_components": 2}}})
     fitted = config.with_embeddings(D, None)
-    assert fitted.stage.model.num_components == K
     assert fitted.pca == basis  # workers may be in other folders
-    fitted.build()
+    model = fitted.build().model
+    assert isinstance(model, ARPriorModel)
+    every = PrincipalComponents.load(basis)
+    assert every.num_components == D
+    torch.testing.assert_close(model.codec.components, torch.from_numpy(every.components[:2]).float())
 
 
 def test_what_does_not_fit_is_refused(basis: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective\.pca: required.*jobs/fit_pca\.py"):
+    with pytest.raises(ConfigError, match=r"objective\.pca: required.*jobs/embed\.py"):
         objective_config("").with_embeddings(D, None)
     with pytest.raises(DataError, match="does not exist"):
         objective_config(str(tmp_path / "none")).with_embeddings(D, None)
     with pytest.raises(ConfigError, match=r"objective\.stage\.model\.embed_dim = 6.*set it to 7"):
         objective_config(basis).with_embeddings(7, None)
-    other = EmbeddingCovariance(3)
+    other = EmbeddingStatistics(3)
     other.update(np.random.default_rng(0).standard_normal((9, 3)))
-    PrincipalComponents.fit(other, num_components=2, reconstruction_error=0.01).save(basis)
+    PrincipalComponents.fit(other, clip="a CLIP").save(basis)
     with pytest.raises(ConfigError, match="is of embeddings of 3 numbers, those of this run have 6"):
         objective_config(basis).with_embeddings(D, None)
+
+
+def test_more_components_than_there_are_are_refused(basis: str) -> None:
+    few = EmbeddingStatistics(D)
+    few.update(make_batch()["image_embed"].numpy()[:5])
+    PrincipalComponents.fit(few, clip="a CLIP").save(basis)
+    config = objective_config(basis).merged({"stage": {"model": {"num_components": 5}}})
+    with pytest.raises(DataError, match="num_components = 5: the embeddings of 6 numbers vary in 4 directions"):
+        config.with_embeddings(D, None)
+
+
+def test_components_of_another_clip_of_the_same_width_are_refused(basis: str) -> None:
+    config = objective_config(basis)
+    config.check_clip("a CLIP")
+    with pytest.raises(
+        ConfigError, match=r"objective\.pca = .*by the CLIP of fingerprint a CLIP, those of .* by another"
+    ):
+        config.check_clip("another")
 
 
 def test_the_paper_recipe_has_the_papers_numbers() -> None:

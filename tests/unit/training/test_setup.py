@@ -92,8 +92,8 @@ def test_a_good_run_is_fitted_to_its_clip_and_writes_nothing(place: Place) -> No
     assert normalizer.mean == pytest.approx(tuple(statistics["mean"]))
     assert normalizer.std == pytest.approx(tuple(statistics["std"]))
     assert prepared.spec.columns() == ("id", "caption", "image_embed", "text_embed")
-    assert prepared.manifest.rows == 48
-    assert prepared.order.chunk_rows == 256
+    assert [manifest.rows for manifest in prepared.manifests] == [48]
+    assert prepared.order.chunk_rows == 48  # not the 256 that are asked for: there are no more rows
     reference = clip_reference(config)
     assert reference is not None
     assert reference.fingerprint == clip.fingerprint
@@ -145,6 +145,78 @@ def test_a_global_batch_larger_than_the_data(place: Place) -> None:
     )
 
 
+# --- a mix of sources -------------------------------------------------------------------------------------------------
+
+
+def with_other(path: str, **other: Any) -> dict[str, Any]:
+    return {"others": [{"path": path, **other}]}
+
+
+def test_a_mix_is_prepared_source_by_source(place: Place, edited: Callable[..., str]) -> None:
+    """A run's share of each source, its report, and the spread of what a batch holds."""
+    ours = json.loads(Path(place.embedded, "manifest.json").read_text())["statistics"]
+    mean, std = np.array(ours["mean"]), np.array(ours["std"])
+    other = edited(statistics={"mean": (-mean).tolist(), "std": std[::-1].tolist()})
+    config = place.config(data=with_other(other, weight=3), objective={"normalization": "whiten"})
+    prepared = prepare_run(config)
+    assert [manifest.uri for manifest in prepared.manifests] == [place.embedded, other]
+    assert prepared.order.taken(1) == (1, 3)
+    normalizer = prepared.config.objective.stage_config().normalizer  # type: ignore[union-attr]
+    draws = np.random.default_rng(0)
+    is_ours = draws.random((200_000, 1)) < 1 / 4
+    noise = draws.normal(size=(200_000, len(mean)))
+    batches = np.where(is_ours, mean + std * noise, -mean + std[::-1] * noise)
+    np.testing.assert_allclose(normalizer.mean, batches.mean(axis=0), atol=0.01)
+    np.testing.assert_allclose(normalizer.std, batches.std(axis=0), rtol=0.01)
+    first, second = prepared.data_report(samples_seen=4 * 50)
+    assert first == {
+        "path": place.embedded,
+        "rows": 48,
+        "samples": 50,
+        "whole_epochs": 1,
+        "left_out": 0,
+        "untrained": 46,
+    }
+    assert (second["samples"], second["whole_epochs"], second["untrained"]) == (150, 3, 42)
+
+
+def test_a_source_alone_reports_what_its_epochs_leave_out(place: Place) -> None:
+    prepared = prepare_run(place.config(loop={"global_batch_size": 10, "microbatch_size": 10}))
+    (report,) = prepared.data_report(samples_seen=80)
+    assert (report["rows"], report["left_out"], report["whole_epochs"], report["untrained"]) == (48, 8, 2, 0)
+
+
+def test_relative_sources_become_absolute(place: Place, edited: Callable[..., str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(Path(edited()).parent)
+    config = prepare_run(place.config(data=with_other("edited"))).config
+    assert config.data.others[0].path == str(place.root / "edited")
+
+
+def test_sources_that_cannot_be_mixed(place: Place, edited: Callable[..., str]) -> None:
+    place.refuses(ConfigError, "data.others.0.path", "is data.path already", data=with_other(place.embedded))
+    stored = json.loads(Path(place.embedded, "manifest.json").read_text())["clip"]
+    other = edited(clip=stored | {"fingerprint": "f" * 64})
+    place.refuses(ConfigError, "another CLIP", place.embedded, other, "ffffffffffff…", data=with_other(other))
+    words = ("data.others.0.weight", "less than one sample")
+    place.refuses(ConfigError, *words, data=with_other(other, weight=0.1) | {"embeddings": "stream"})
+    place.refuses(DataError, "does not exist", data=with_other(f"{other}/none"))
+
+
+def test_sources_whose_columns_differ(place: Place, labelled: Callable[..., str]) -> None:
+    first, second = labelled(group=pa.array(["a", "b"])), labelled(group=pa.array([1, 2]))
+    data = {"data": {"path": first} | with_other(second)}
+    message = f"{second!r}: column 'group' is int64, in {first} string"
+    place.refuses(DataError, message, **classifier(first, label_column="group") | data)
+
+
+def test_open_classes_are_those_of_all_sources(place: Place, labelled: Callable[..., str]) -> None:
+    folders = [labelled(number=pa.array(values)) for values in ([1, 2], [2, 3])]
+    config = place.config(
+        **classifier(folders[0], label_column="number") | {"data": {"path": folders[0]} | with_other(folders[1])}
+    )
+    assert prepare_run(config).spec.classes == ("1", "2", "3")
+
+
 # --- CLIP -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +264,7 @@ def labelled(place: Place) -> Callable[..., str]:
     """`labelled(column=values)`: a folder with the records in two files and a further column, its values repeated."""
 
     def write(**columns: pa.Array) -> str:
-        folder = place.root / "labelled"
+        folder = place.root / f"labelled-{len(list(place.root.glob('labelled-*')))}"
         folder.mkdir()
         records = scan(place.records)
         slices = [(index, 0, fragment.rows) for index, fragment in enumerate(records.fragments)]
@@ -218,7 +290,7 @@ def test_classes_that_are_left_open_are_those_of_the_data(place: Place, labelled
     assert stage.classes == ("10", "100", "9")  # type: ignore[union-attr]
     assert (prepared.spec.label_column, prepared.spec.classes) == ("number", ("10", "100", "9"))
     assert prepared.spec.columns() == ("id", "image", "number")
-    table = read_slices(prepared.manifest, [(0, 0, 3)], prepared.spec.columns())
+    table = read_slices(prepared.manifests[0], [(0, 0, 3)], prepared.spec.columns())
     batch = make_batch(table, np.arange(3), prepared.spec, seed=0)
     assert batch["label"].tolist() == [0, 2, 1]
     assert prepare_run(prepared.config).config == prepared.config  # what was filled in is what is checked next time

@@ -46,7 +46,7 @@ class SamplingConfig(Config):
     """The timesteps themselves, descending and num_inference_steps of them; null for those of timestep_spacing."""
 
     guidance_scale: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance; 1 is off, 0 ignores the condition."""
+    """Classifier-free guidance; 1 is off, 0 ignores the condition but in a learned variance, which is never guided."""
 
     guidance_interval: tuple[float, float] | None = None
     """Guides only timesteps between these fractions of num_train_timesteps, say 0.2 and 0.9; null for all."""

@@ -14,6 +14,8 @@ from unclip.models.unet import UNetConfig
 from unclip.pipelines.pictures import PICTURE_CHANNELS
 
 M = TypeVar("M", bound=nn.Module)
+_UNIT_TOLERANCE = 0.01
+"""More than what is left of a norm in float16 or bfloat16."""
 
 
 def check_normalizer(normalizer: EmbeddingNormalizerConfig, embed_dim: int) -> None:
@@ -38,6 +40,19 @@ def check_channels(unet: UNetConfig, diffusion: DiffusionConfig, *, in_channels:
 def check_size(size: int, unet: UNetConfig) -> None:
     if size % unet.stride:
         raise ValueError(f"image_size = {size}: must be a multiple of {unet.stride}, the stride of model.unet")
+
+
+def check_unit_norm(name: str, embed: torch.Tensor) -> None:
+    """Raises `ValueError` where one of `embed` (B, D) is no unit vector: other scales would be sampled from in silence."""
+    norms = embed.float().norm(dim=1)
+    if not bool(((norms - 1).abs() < _UNIT_TOLERANCE).all()):
+        raise ValueError(f"{name} must be of unit norm, but has norms from {norms.min():.3g} to {norms.max():.3g}")
+
+
+def check_signed(name: str, pictures: torch.Tensor) -> None:
+    """Raises `ValueError` where `pictures` leave [-1, 1], as those in 0..255 do."""
+    if not bool((pictures.abs() <= 1).all()):
+        raise ValueError(f"{name} must be in [-1, 1], but is in [{pictures.min():.3g}, {pictures.max():.3g}]")
 
 
 def channels_last(model: M) -> M:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from unclip.config.base import Config
+from unclip.config.base import Config, ConfigError
 from unclip.diffusion.process import DiffusionConfig
 from unclip.models.classifier import ClassifierConfig, ClassifierModel
 from unclip.pipelines.pictures import PICTURE_CHANNELS
@@ -50,5 +50,7 @@ class ClassifierStageConfig(Config):
         return False
 
     def build(self) -> ClassifierModel:
-        """The network with random weights."""
+        """The network with random weights; `ConfigError` while its classes are open."""
+        if not self.classes:
+            raise ConfigError("classes: empty; a run takes them of its data, elsewhere they have to be named")
         return self.model.build(len(self.classes))

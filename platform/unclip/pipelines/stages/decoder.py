@@ -26,7 +26,9 @@ from unclip.pipelines.stages.checks import (
     channels_last,
     check_channels,
     check_normalizer,
+    check_signed,
     check_size,
+    check_unit_norm,
     device_of,
     prepare_of,
 )
@@ -150,15 +152,20 @@ class DecoderStage:
             generator: a stream for each of the B pictures.
             further: what else the decoder is told, see `decoder_condition`. Without `known` nothing is known.
             guide: further guidance, around the classifier-free one.
+
+        Raises `ValueError` where embeddings, pictures or classes are outside their range.
         """
         inputs = dict(further)
         if image_embed is not None:
+            check_unit_norm("image_embed", image_embed)
             inputs["image_embed"] = self._normalizer.normalize(image_embed)
         if tokens is not None:
             inputs["tokens"] = tokens
         x_T = picture_noise(generator, self.config.image_size)
         if self.config.model.inpainting and "known" not in inputs:
             inputs |= {"known": torch.zeros_like(x_T), "known_mask": torch.zeros_like(x_T[:, :1])}
+        if "known" in inputs:
+            check_signed("known", inputs["known"])
         self._check_labels(inputs)
         cond = decoder_condition(self.config.model, inputs, {})
         pictures = sampling.sample(

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from unclip.models.prior import PriorCondition
+from unclip.pipelines.stages.checks import check_unit_norm
 from unclip.utils.random import SampleGenerator
 
 Draw = Callable[[PriorCondition, SampleGenerator], torch.Tensor]
@@ -27,7 +28,10 @@ def best_of_draws(
         text_embed: (B, D) z_t, unit norm.
         tokens: (B, L) int64 in the context length of the stage.
         generator: a stream for each caption; every draw has one of its own.
+
+    Raises `ValueError` where a text embedding is not of unit norm.
     """
+    check_unit_norm("text_embed", text_embed)
     batch = len(text_embed)
     streams = SampleGenerator(torch.cat([generator.child(f"draw {index}").keys for index in range(num_draws)]))
     text_embed, tokens = text_embed.repeat(num_draws, 1), tokens.repeat(num_draws, 1)

@@ -13,7 +13,7 @@ from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, UpsamplerModel, upsample_low_res
 from unclip.pipelines.pictures import PICTURE_CHANNELS, picture_noise, to_signed, to_uint8
-from unclip.pipelines.stages.checks import channels_last, check_channels, check_size, prepare_of
+from unclip.pipelines.stages.checks import channels_last, check_channels, check_signed, check_size, prepare_of
 from unclip.utils.random import SampleGenerator
 
 
@@ -117,11 +117,14 @@ class UpsamplerStage:
         Args:
             low_res: (B, 3, s, s) in [-1, 1] with s = `config.low_res_size`.
             generator: a stream for each of the B pictures.
+
+        Raises `ValueError` where the pictures have another size or range.
         """
         config = self.config
         expected = (PICTURE_CHANNELS, config.low_res_size, config.low_res_size)
         if tuple(low_res.shape[1:]) != expected:
             raise ValueError(f"low_res must be (B, {', '.join(map(str, expected))}), not {tuple(low_res.shape)}")
+        check_signed("low_res", low_res)
         level = None
         if config.model.noise_conditioning:
             level = torch.full((len(low_res),), config.low_res_noise_level, dtype=torch.int64, device=low_res.device)

@@ -27,7 +27,7 @@ class ARPriorObjectiveConfig(BaseObjectiveConfig):
     kind: Literal["ar_prior"] = "ar_prior"
     stage: ARPriorStageConfig
     pca: str = ""
-    """File with the principal components of z_i, as jobs/fit_pca.py writes it; required."""
+    """File with the principal components of z_i, as jobs/embed.py writes it beside the records; required."""
     text_drop_prob: float = Field(default=0.1, ge=0, le=1)
     """Share of samples that see neither caption nor z_t nor their dot product with z_i (paper: 10%)."""
 
@@ -38,15 +38,25 @@ class ARPriorObjectiveConfig(BaseObjectiveConfig):
     def with_embeddings(self, embed_dim: int, statistics: Mapping[str, Any] | None) -> ARPriorObjectiveConfig:
         check_embed_dim(self.stage.model.embed_dim, embed_dim)
         if not self.pca:
-            raise ConfigError("objective.pca: required, but not given; jobs/fit_pca.py writes it")
+            raise ConfigError("objective.pca: required, but not given; jobs/embed.py writes it")
         pca = storage.absolute(self.pca)
         basis = PrincipalComponents.load(pca)
         if basis.embed_dim != embed_dim:
             raise ConfigError(
                 f"objective.pca = {self.pca!r}: is of embeddings of {basis.embed_dim} numbers, those of this run have "
-                f"{embed_dim}; fit it to them with jobs/fit_pca.py"
+                f"{embed_dim}; jobs/embed.py writes theirs"
             )
-        return self.merged({"pca": pca, "stage": {"model": {"num_components": basis.num_components}}})
+        basis.first(self.stage.model.num_components)  # refuses more than there are
+        return self.merged({"pca": pca})
+
+    def check_clip(self, fingerprint: str) -> None:
+        """Components of another CLIP's embeddings may have the right width and still mean nothing."""
+        basis = PrincipalComponents.load(self.pca)
+        if basis.clip != fingerprint:
+            raise ConfigError(
+                f"objective.pca = {self.pca!r}: is of embeddings by the CLIP of fingerprint {basis.clip}, those of this run "
+                f"are by {fingerprint}; jobs/embed.py writes theirs"
+            )
 
     def batch_spec(self) -> BatchSpec:
         return caption_and_embeddings(self.stage.model.context_length, self.embedding_columns)
@@ -64,7 +74,7 @@ class ARPriorObjective(Objective):
     def __init__(self, config: ARPriorObjectiveConfig) -> None:
         self.config = config
         model = config.stage.model.build()
-        basis = PrincipalComponents.load(config.pca)
+        basis = PrincipalComponents.load(config.pca).first(config.stage.model.num_components)
         model.codec.set(
             mean=torch.from_numpy(basis.mean),
             components=torch.from_numpy(basis.components),

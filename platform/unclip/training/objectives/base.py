@@ -89,6 +89,9 @@ class BaseObjectiveConfig(Config):
         """This objective for embeddings of `embed_dim` numbers with those statistics (`mean`, `std`) of z_i."""
         return self
 
+    def check_clip(self, fingerprint: str) -> None:
+        """Raises `ConfigError` where what this objective holds was made with another CLIP than that of the embeddings."""
+
     def build(self) -> Objective:
         """The objective with freshly initialised weights."""
         raise TypeError(f"{type(self).__name__} has no objective")
