@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 _BURST_SECONDS = 0.2
-_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+_MATRIX_SIZE = {"cpu": 4096, "cuda": 8192}
 
 Run = Callable[[], object]
 

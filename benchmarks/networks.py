@@ -109,17 +109,28 @@ def cells(arguments: argparse.Namespace) -> Iterator[dict[str, str]]:
             yield {"row": row, "step": step, "precision": precision, "variant": variant}
 
 
+def name_of(cell: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Row, step, precision and variant of a cell."""
+    return (cell["row"], cell["step"], cell["precision"], cell["variant"])
+
+
+def in_order(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cells as the table shows them."""
+    order = list(itertools.product(SHAPES["cpu"], STEPS, PRECISIONS, VARIANTS))
+    return sorted(measured, key=lambda cell: order.index(name_of(cell)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     device = torch.device(arguments.device)
     started = datetime.datetime.now(datetime.UTC)
     path = Path(arguments.results) / f"networks-{arguments.size}-{started:%Y-%m-%d}.json"
     results: dict[str, Any] = {
-        "date": started.isoformat(timespec="seconds"),
+        "date": started.isoformat(timespec="seconds"),  # of the newest cells
         "size": arguments.size,
         "rounds": arguments.rounds,
         "machine": machine(device),
-        "cells": [],
+        "cells": json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else [],
     }
     peers = {_OURS: sys.executable, "diffusers_peer": sys.executable}
     for cell in cells(arguments):
@@ -127,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.peer_python and cell["variant"] == "eager" and cell["precision"] != "bf16":
             interpreters["dalle2_pytorch_peer"] = arguments.peer_python
         result = measure(cell, interpreters, size=arguments.size, device=device, rounds=arguments.rounds)
-        results["cells"].append(result)
+        results["cells"] = in_order(
+            [*(other for other in results["cells"] if name_of(other) != name_of(result)), result]
+        )
         write_json(path, results)
         print(report.line(result), flush=True)
     print(f"\n{report.table(results)}\n\n{path}")

@@ -1,4 +1,4 @@
-"""docs/speed.md out of the raw figures: no number in it is copied by hand.
+"""docs/speed.md out of the raw figures, and of what notes.md says of them: no number of the tables is copied by hand.
 
 python -m benchmarks.report
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = _ROOT / "benchmarks" / "results", _ROOT / "docs" / "speed.md"
+_NOTES = _ROOT / "benchmarks" / "notes.md"
 
 SHARE_AIM = {"fp32": 0.92, "bf16": 0.8, "autocast": 0.8}
 """least share of the machine's matrix rate in the same float type"""
@@ -27,7 +28,8 @@ Made by `python -m benchmarks.report` from `benchmarks/results/`; `make bench` m
 parameters), the same batch and float type; the sides run in turn, bursts of matrix products between them, and medians are
 shown. *share* is the network's FLOP/s, counted by the same counter for every side, over that of the matrix products. *memory*
 is what the steps need beyond the weights. A sampling step is one evaluation, guided for decoder and prior; what our `prepare`
-computes once a request is outside, what a peer's interface computes again at every step is inside.
+computes once a request is outside, what a peer's interface computes again at every step is inside. *share for 0.7* is the
+share that we would need to take 0.7 of dalle2-pytorch's time: more than 1 says that its network has too few FLOPs for that.
 """
 
 
@@ -81,6 +83,7 @@ def line(cell: dict[str, Any]) -> str:
         f"{ours.peak_bytes / max(1, diffusers.peak_bytes):.2f}",
         *((f"{dalle2.milliseconds:.0f}", f"{dalle2.share:.2f}") if dalle2 else ("", "")),
         f"{ours.milliseconds / dalle2.milliseconds:.2f}" if dalle2 else "",
+        f"{ours.share * ours.milliseconds / (DALLE2_AIM * dalle2.milliseconds):.2f}" if dalle2 else "",
         ", ".join(missed(cell)),
     ]
     return f"| {' | '.join(columns)} |"
@@ -89,14 +92,14 @@ def line(cell: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """The measurements of one run as a Markdown table."""
     columns = ["step", "batch", "float type", "unclip ms", "share", "diffusers ms", "share", "time ratio"]
-    columns += ["memory ratio", "dalle2-pytorch ms", "share", "time ratio", "aims missed"]
+    columns += ["memory ratio", "dalle2-pytorch ms", "share", "time ratio", f"share for {DALLE2_AIM}", "aims missed"]
     rows = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *map(line, results["cells"])]
     return "\n".join(rows)
 
 
 def page(runs: list[dict[str, Any]]) -> str:
     """The text of docs/speed.md."""
-    return "\n".join([_HEAD, *(_section(run) for run in runs)])
+    return "\n".join([_HEAD, *(_section(run) for run in runs), _NOTES.read_text(encoding="utf-8")])
 
 
 def _section(results: dict[str, Any]) -> str:

@@ -84,9 +84,12 @@ def test_residual_block_is_adms(
             return norm(y, block.norm_out) * (1 + time[:, :32]) + time[:, 32:]
         return norm(y + time, block.norm_out)
 
-    h = block.conv_in(change(swish(norm(x, block.norm_in))))
+    def convolved(y: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
+        return nn.functional.conv2d(y, layer.weight, layer.bias, padding=1)
+
+    h = convolved(change(swish(norm(x, block.norm_in))), block.conv_in)
     h = conditioned(h, block.embedding(embedding)[..., None, None])
-    expected = block.skip(change(x)) + block.conv_out(swish(h))
+    expected = block.skip(change(x)) + convolved(swish(h), block.conv_out)
     torch.testing.assert_close(block(x, embedding), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -165,10 +168,19 @@ def test_compiles_without_graph_breaks(
     config = small(attention_resolutions=(8,), activation_checkpointing=checkpointing)
     model = randomized(config.build(context_dim=context_dim))
     context = None if context_dim is None else torch.randn(2, 5, context_dim)
-    cond = model.prepare(torch.randn(2, 64), context)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        cond = model.prepare(torch.randn(2, 64), context)
+        other = model.prepare(torch.randn(2, 64), context)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, timesteps = pictures(), torch.tensor([1, 999])
-    torch.testing.assert_close(compiled(x, timesteps, cond), model(x, timesteps, cond))
+    weights = [model.stem.weight, model.middle[0].attention.qkv.weight, model.up[0].residual.conv_in.weight]
+    results = []
+    for network in (compiled, model):
+        output = network(x, timesteps, cond)
+        results.append((output, *torch.autograd.grad(output.square().mean(), weights)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):  # neither new timesteps nor new conditions
+        compiled(x + 1, timesteps - 1, other)
 
 
 def test_dropout_acts_in_training_only(randomized: Callable[[nn.Module], nn.Module]) -> None:

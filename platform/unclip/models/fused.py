@@ -1,0 +1,147 @@
+"""Activations that are not kept for the gradient: each is computed again from its input where the product behind it needs it.
+
+An activation f takes hundreds of times less work than the product P behind it, but as much memory. Here P f(y) keeps y
+alone. With dP the gradient of its output, that of y is f'(y) P^T dP, and that of the weight of P is made from f(y) anew.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+Resample = Literal["no", "down", "up"]
+
+
+def resampled(x: torch.Tensor, resample: Resample) -> torch.Tensor:
+    """(B, C, H, W) with height and width halved (average) or doubled (nearest)."""
+    if resample == "down":
+        return functional.avg_pool2d(x, 2)
+    return functional.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
+
+
+def _resampled_gradient(gradient: torch.Tensor, resample: Resample) -> torch.Tensor:
+    """Halving and doubling are each other's transpose, up to the four pixels that an average is of."""
+    if resample == "down":
+        return resampled(gradient, "up").div_(4)
+    return resampled(gradient, "down").mul_(4) if resample == "up" else gradient
+
+
+class _SiluConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: Resample
+    ) -> torch.Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.resample = resample
+        return functional.conv2d(resampled(functional.silu(y), resample), weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, weight = ctx.saved_tensors
+        active = resampled(functional.silu(y), ctx.resample).to(gradient.dtype)
+        wanted = list(ctx.needs_input_grad[:3])
+        sizes, pairs = [weight.shape[0]], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+        weight = weight.to(gradient.dtype)
+        dy, dweight, dbias = torch.ops.aten.convolution_backward(gradient, active, weight, sizes, *pairs, wanted)
+        if dy is not None:
+            dy = torch.ops.aten.silu_backward(_resampled_gradient(dy, ctx.resample).to(y.dtype), y)
+        return dy, dweight, dbias, None
+
+
+class SiluConv2d(nn.Conv2d):
+    """A 3x3 convolution of SiLU(y), padded by one zero; with `dropout`, that share of SiLU(y) is dropped in training."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.dropout = dropout
+
+    def forward(self, y: torch.Tensor, resample: Resample = "no") -> torch.Tensor:
+        """y: (B, C, H, W), lost where no gradients are wanted; what comes out of SiLU is resampled before the convolution."""
+        if not torch.is_grad_enabled():
+            return super().forward(resampled(functional.silu(y, inplace=True), resample))
+        if self.training and self.dropout:  # which elements were dropped would have to be kept anyway
+            active = resampled(functional.silu(y), resample)
+            return super().forward(functional.dropout(active, self.dropout))
+        result: torch.Tensor = _SiluConv.apply(y, self.weight, self.bias, resample)
+        return result
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y, weight)
+        return functional.linear(functional.gelu(y), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, weight = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        dy = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dy = torch.ops.aten.gelu_backward((gradient @ weight.to(gradient.dtype)).to(y.dtype), y)
+        if ctx.needs_input_grad[1]:
+            dweight = flat.t() @ functional.gelu(y).to(gradient.dtype).view(-1, y.shape[-1])
+        if ctx.needs_input_grad[2]:
+            dbias = flat.sum(dim=0)
+        return dy, dweight, dbias
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer over GELU(y)."""
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(functional.gelu(y))
+        result: torch.Tensor = _GeluLinear.apply(y, self.weight, self.bias)
+        return result
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T D^-1/2): (H, L, D) and (H, S, D) -> (H, L, S)."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return (scores if mask is None else scores.masked_fill_(~mask, -math.inf)).softmax(dim=-1)
+
+
+def _of_row(mask: torch.Tensor | None, row: int) -> torch.Tensor | None:
+    return None if mask is None else mask[min(row, mask.shape[0] - 1)]
+
+
+class _Attention(torch.autograd.Function):
+    """With P the weights and do the gradient of P v: dv = P^T do, dP = do v^T, and of the scores P (dP - sum(P dP))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, mask)
+        rows = range(query.shape[0])
+        return torch.stack([_weights(query[r], key[r], _of_row(mask, r)) @ value[r] for r in rows])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        gradients: list[tuple[torch.Tensor, ...]] = []
+        for row, upstream in enumerate(gradient):
+            weights = _weights(query[row], key[row], _of_row(mask, row))
+            dvalue = weights.transpose(-2, -1) @ upstream
+            dweights = upstream @ value[row].transpose(-2, -1)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            gradients.append((dscores @ key[row] * scale, dscores.transpose(-2, -1) @ query[row] * scale, dvalue))
+        return *(torch.stack(parts) for parts in zip(*gradients, strict=True)), None
+
+
+def recomputing_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """As `unclip.models.layers.attention`, by matrix products, a sample at a time; keeps no weights for the gradient."""
+    result: torch.Tensor = _Attention.apply(query, key, value, mask)
+    return result
