@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks import shuffling, stream_scale
+from benchmarks.data import shuffling, stream_scale
 
 ROWS, BATCH, FRAGMENT = 10_000, 50, 100
 

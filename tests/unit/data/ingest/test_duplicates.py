@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from benchmarks.duplicates import in_process, picture_hashes
+from benchmarks.data.duplicates import in_process, picture_hashes
 
 from unclip.data.ingest import duplicates, near
 from unclip.data.ingest.duplicates import HASHES, DuplicatePolicy, find_duplicates

@@ -1,6 +1,6 @@
 """Time and memory of finding duplicates, by number of rows: whether the time a row stays flat.
 
-python -m benchmarks.duplicates --rows 10000 100000 1000000
+python -m benchmarks.data.duplicates --rows 10000 100000 1000000
 
 A tenth of the pictures are copies of others, a tenth near copies (1 to 3 bits of the hash), a twentieth are flat and share
 a few hashes, and a twentieth are nearly flat: within six bits of one hash for every 5,000 of them, which overfills buckets.

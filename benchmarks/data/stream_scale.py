@@ -1,6 +1,6 @@
 """The training stream at scale: start and restore at 10^5 shards, memory over 10^6 records, waiting, shuffle quality.
 
-python -m benchmarks.stream_scale [--parts startup shuffle memory waiting] [--records 10000 100000 1000000]
+python -m benchmarks.data.stream_scale [--parts startup shuffle memory waiting] [--records 10000 100000 1000000]
 
 Shards are hard links to a few real Parquet files of 10 x 1000 records, so 10^5 of them (10^9 rows) need no room, and yet
 every one can be listed, opened and read. Results go into --results as stream-scale-DATE.json, part by part.
@@ -32,8 +32,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from benchmarks import shuffling
 from benchmarks.common import machine, version, write_json
+from benchmarks.data import shuffling
 from PIL import Image
 
 from unclip.cluster import session, stream
@@ -111,7 +111,7 @@ def order_of(manifest: Manifest) -> RunOrder:
 def startup(shards: int) -> dict[str, Any]:
     """Seconds from nothing to the first chunk's records, and from a cursor to its chunk; sizes of what is kept."""
     with records(shards) as folder:
-        command = [sys.executable, "-m", "benchmarks.stream_scale", "--startup-of", folder]
+        command = [sys.executable, "-m", "benchmarks.data.stream_scale", "--startup-of", folder]
         runs = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3)]
     return {"shards": shards} | {name: median(run[name] for run in runs) for name in runs[0]}
 
@@ -163,7 +163,6 @@ def extrapolated(runs: list[dict[str, Any]], rows: int = 10**9) -> dict[str, flo
 # --- through Ray ------------------------------------------------------------------------------------------------------
 
 
-@ray.remote(num_cpus=0.1)
 class Trainer:
     """Takes steps from the stream, each of so many seconds in which its CPU is free, as a GPU's is."""
 
@@ -197,7 +196,7 @@ def stream_through(folder: str, samples: int, step_seconds: float = 0.0) -> dict
     manifest = scan(folder, SPEC.columns())
     plan = stream.StreamPlan((manifest,), order_of(manifest), SPEC, 1, 0, samples // BATCH * BATCH)
     (shard,) = stream.build_dataset(plan).streaming_split(1, equal=True)
-    trainer = Trainer.remote()
+    trainer = ray.remote(num_cpus=0.1)(Trainer).remote()
     answer: dict[str, float] = ray.get(trainer.train.remote(shard, plan, step_seconds))
     ray.kill(trainer)
     return answer
