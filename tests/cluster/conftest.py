@@ -32,7 +32,7 @@ def disturbed_store() -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="session")
 def object_store(disturbed_store: ObjectStore) -> str:
-    """Address of an empty bucket."""
+    """Address of a bucket."""
     return disturbed_store.uri
 
 

@@ -170,8 +170,8 @@ def wait_for_a_shard(out: Path) -> None:
 
 def kill_the_clip() -> None:
     """kill -9 for every actor with a CLIP."""
-    actors = [process for process in psutil.Process().children(recursive=True) if "_Embedder" in process.name()]
-    actors = actors or [p for p in psutil.Process().children(recursive=True) if "_Embedder" in " ".join(p.cmdline())]
+    actors = [process for process in psutil.Process().children(recursive=True) if "ClipActor" in process.name()]
+    actors = actors or [p for p in psutil.Process().children(recursive=True) if "ClipActor" in " ".join(p.cmdline())]
     assert actors
     for process in actors:
         process.kill()

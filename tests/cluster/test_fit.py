@@ -15,6 +15,7 @@ import pytest
 from unclip.cluster.embed import EmbedConfig, run_embed
 from unclip.cluster.fit import check, fit
 from unclip.cluster.preflight import PreflightError
+from unclip.models.clip import load_clip
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.stages import StageName
 from unclip.pipelines.text_to_image import GenerationOptions, Pipeline
@@ -28,7 +29,8 @@ def chain(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle whose clip was trained, and the drawings embedded by it."""
     folder = tmp_path_factory.mktemp("chain")
     fit(debug("clip", folder, f"{openmoji}/64/train"))
-    run_embed(EmbedConfig(data=f"{openmoji}/64/train", out=f"{folder}/embedded", clip=f"{folder}/bundle/clip"))
+    records, clip = f"{openmoji}/64/train", f"{folder}/bundle/clip"
+    run_embed(EmbedConfig(data=records, out=f"{folder}/embedded", clip=clip, text_states=True))
     return folder
 
 
@@ -77,15 +79,19 @@ def test_two_workers_give_the_loss_curve_of_one(chain: Path) -> None:
 
 
 def test_embeddings_made_in_the_stream_equal_those_in_columns(chain: Path, openmoji: str) -> None:
+    """z_i and the text states, of a decoder that takes both."""
+    clip = load_clip(f"{chain}/bundle/clip")
+    states = {"context_length": clip.context_length, "state_dim": clip.text_state_dim, "width": 32}
     curves = []
     for embeddings, data in (("columns", f"{chain}/embedded"), ("stream", f"{openmoji}/64/train")):
         config = debug(
-            "prior",
+            "decoder",
             chain,
             data,
-            run=f"{chain}/prior-{embeddings}",
+            run=f"{chain}/decoder-{embeddings}",
             bundle=None,
             clip=f"{chain}/bundle/clip",
+            objective={"stage": {"model": {"text": None, "text_states": states}}},
         ).merged({"data": {"embeddings": embeddings}})
         fit(config)
         curves.append(losses(config))

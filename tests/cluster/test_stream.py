@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.data._internal.logical.optimizers import get_execution_plan
 
 from unclip.cluster import stream
 from unclip.data.batches import BatchSpec, make_batch
@@ -104,9 +105,25 @@ def test_many_steps_in_a_unit_and_many_tasks(records: str, monkeypatch: pytest.M
     """Tasks of one chunk each, and units that hold several steps of one worker."""
     monkeypatch.setattr(stream, "CHUNKS_PER_TASK", 1)
     plan = make_plan(records, workers=2, data_cpus=2)
-    assert plan.steps_per_unit > 1
     assert plan.order.chunk_of(plan.stop_position - 1) > 2
     np.testing.assert_array_equal(run_order(consume(plan), "id"), expected_ids(plan))
+
+
+def test_units_begin_small_and_grow_to_what_is_allowed(records: str) -> None:
+    """A chunk is three steps: one step at first, never more than went before, then the chunk."""
+    plan = make_plan(records, workers=1, stop_position=8 * BATCH)
+    units = stream.build_dataset(plan).iter_batches(batch_size=1, batch_format="numpy")
+    assert [unit["position"].shape[1] // BATCH for unit in units] == [1, 1, 1, 3, 2]
+
+
+def test_a_unit_is_bounded_in_rows_and_in_bytes(records: str) -> None:
+    plan = make_plan(records, workers=2)
+    assert plan.rank_batch_size == 6
+    assert plan.steps_per_unit(encoded_bytes=100) == stream.UNIT_ROWS // 6
+    assert plan.steps_per_unit(encoded_bytes=stream.UNIT_BYTES / 24) == 4
+    assert plan.steps_per_unit(encoded_bytes=stream.UNIT_BYTES) == 1
+    decoded = replace(plan, spec=BatchSpec(image_size=1024, crop_size=256, low_res_size=64))
+    assert decoded.steps_per_unit(encoded_bytes=100) == stream.UNIT_BYTES // (3 * (256**2 + 64**2)) // 6
 
 
 def test_other_samples_than_expected_are_refused(records: str) -> None:
@@ -146,6 +163,14 @@ def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
     for name in ("id", "image", "image_embed", "text_embed"):
         np.testing.assert_allclose(run_order(got, name)[:CHUNK], truth[name], atol=2e-3, err_msg=name)
     np.testing.assert_array_equal(run_order(got, "position"), np.arange(5 * BATCH))
+
+
+def test_decoders_and_clips_are_processes_of_their_own(records: str, tiny_clip: str) -> None:
+    """Ray Data makes one operator of two where it can, and a CLIP would wait while its process decodes."""
+    plan = make_plan(records, workers=1, clip=stream.ClipPool(tiny_clip))
+    operators, _ = get_execution_plan(stream.build_dataset(plan)._logical_plan)
+    assert operators.dag.name == "MapBatches(ClipActor)"
+    assert "_decode" in operators.dag.input_dependencies[0].name
 
 
 @pytest.mark.parametrize(

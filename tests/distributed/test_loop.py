@@ -53,6 +53,8 @@ CASES = {
 LOSS, GRADIENT, WEIGHT = 1e-5, 1e-5, 1e-5
 """Largest difference of a loss, relative one of a gradient's norm, and of an averaged weight: rounding of sums in another
 order, which Adam's eps of 1e-6 keeps from becoming steps of full length where a gradient is nothing else."""
+ROUNDING = 2.0**-22
+"""Two steps of float32, relative: a bound of bits sums over all timesteps, and in the hundreds those are more than `LOSS`."""
 
 
 def prepare(folder: Path, name: str, *, workers: int) -> PreparedRun:
@@ -127,7 +129,7 @@ def test_two_workers_have_the_loss_curve_of_one(folder: Path, name: str) -> None
     one, two = metrics(folder, name, 1), metrics(folder, name, 2)
     for metric in {"loss", "mse", "vlb", "accuracy"} & one[0].keys():
         expected = [record[metric] for record in one]
-        assert [record[metric] for record in two] == pytest.approx(expected, abs=LOSS), metric
+        assert [record[metric] for record in two] == pytest.approx(expected, abs=LOSS, rel=ROUNDING), metric
     assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=GRADIENT)
 
 

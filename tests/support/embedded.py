@@ -12,6 +12,7 @@ from unclip.data.manifest import read_slices, scan
 from unclip.models.clip import ClipArchitectureConfig, load_clip
 from unclip.pipelines.bundle import ClipReference, save_stage
 from unclip.pipelines.stages import ClipStageConfig
+from unclip.training.setup import clip_facts
 
 
 def save_clip(bundle: str, architecture: ClipArchitectureConfig, *, seed: int = 0) -> str:
@@ -41,6 +42,6 @@ def embed(records: str, out: str, clip_source: str, *, text_states: bool = False
             folder.write_part(unit, stage.process(make_batch(table, np.arange(*unit[1:]), spec, seed=0)))
         folder.write_shard(file)
         statistics.merge(folder.statistics([file]))
-    folder.finish({"source": clip_source, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}, statistics)
+    folder.finish(clip_facts(clip, clip_source, text_states=text_states), statistics)
     folder.clean()
     return out

@@ -17,7 +17,7 @@ BUCKET = "bucket"
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """`uri` is an empty bucket; `proxy` stands between every client and the server at `server_url`."""
+    """`uri` is a bucket; `proxy` stands between every client and the server at `server_url`."""
 
     uri: str
     proxy: FaultyProxy
@@ -40,6 +40,6 @@ def object_store() -> Iterator[ObjectStore]:
     with FaultyProxy(host, port) as proxy, pytest.MonkeyPatch.context() as patch:
         for name, value in (settings | {"AWS_ENDPOINT_URL": proxy.url}).items():
             patch.setenv(name, value)
-        connection().mkdir(BUCKET)
+        connection().makedirs(BUCKET, exist_ok=True)  # servers of one process share what they hold
         yield ObjectStore(f"s3://{BUCKET}", proxy, f"http://{host}:{port}")
     server.stop()

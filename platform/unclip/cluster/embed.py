@@ -16,25 +16,21 @@ import numpy as np
 import ray
 import ray.data
 from pydantic import Field
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import TaskPoolStrategy
 
 from unclip.cluster import preflight, session, stream
 from unclip.config.base import Config, ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, records_identity
-from unclip.data.embedding import ClipEmbedStage, EmbeddingStatistics
+from unclip.data.embedding import MICROBATCH, EmbeddingStatistics
 from unclip.data.manifest import FACTS_FILE, DataError, read_slices, scan
-from unclip.models.clip import ClipModel
-from unclip.training.setup import absolute_clip, load_clip_named
+from unclip.training.setup import absolute_clip, clip_facts, load_clip_named
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
 _PER_TASK = 16
 """Row groups that one task decodes, one after the other."""
-_CLIP_CPUS = 0.99
-"""Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
-the CLIP would wait while its own process decodes."""
 _MERGED_AT_ONCE = 64
 """Shards whose statistics one task merges."""
 
@@ -55,7 +51,7 @@ class EmbedConfig(Config):
     """CLIPs that work at once."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of each; 0 runs it on one CPU."""
-    microbatch: int = Field(default=64, ge=1, le=UNIT_ROWS)
+    microbatch: int = Field(default=MICROBATCH, ge=1, le=UNIT_ROWS)
     """Records that pass a CLIP at once."""
     data_cpus: int = Field(default=1, ge=1)
     """Tasks that decode at once, and that write."""
@@ -73,7 +69,7 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     config = config.merged({"clip": absolute_clip(config.clip)})
     manifest = scan(config.data, ("id", "image", "caption"))
     clip = load_clip_named(config.clip)
-    facts = _clip_facts(config, clip)
+    facts = clip_facts(clip, config.clip, text_states=config.text_states)
     identity = {"records": records_identity(manifest), "clip": clip.fingerprint, "text_states": config.text_states}
     folder = EmbeddedFolder(manifest, storage.absolute(config.out), identity)
     is_complete = folder.is_complete()
@@ -95,17 +91,6 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     folder.clean()
     scan(folder.uri, ("id", "image_embed", "text_embed"))  # refuses shards that have been changed since
     return dict(storage.read_json(storage.join(folder.uri, FACTS_FILE)))
-
-
-def _clip_facts(config: EmbedConfig, clip: ClipModel) -> dict[str, Any]:
-    """What the manifest says of the CLIP."""
-    facts = {"source": config.clip, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}
-    if not config.text_states:
-        return facts
-    try:
-        return facts | {"text_states": {"context_length": clip.context_length, "state_dim": clip.text_state_dim}}
-    except ValueError as error:
-        raise ConfigError(f"text_states = true: clip = {config.clip!r}: {error}") from None
 
 
 @contextmanager
@@ -174,6 +159,9 @@ def _dataset(
     config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec, fragments: Sequence[int]
 ) -> ray.data.Dataset:
     """One row for each part that was written."""
+    pool = stream.ClipPool(
+        config.clip, config.actors, config.gpus, microbatch=config.microbatch, text_states=config.text_states
+    )
     context = stream.data_context()
     context.execution_options.preserve_order = False  # tasks of many units would wait for their turn
     with ray.data.DataContext.current(context):
@@ -185,14 +173,7 @@ def _dataset(
             num_cpus=1,
             compute=TaskPoolStrategy(size=config.data_cpus),
         )
-        dataset = dataset.map_batches(
-            _Embedder,
-            fn_constructor_args=(config,),
-            batch_size=None,
-            compute=ActorPoolStrategy(size=config.actors),
-            **({"num_gpus": config.gpus} if config.gpus else {"num_cpus": _CLIP_CPUS}),
-        )
-        return dataset.map_batches(
+        return stream.embed_units(dataset, pool).map_batches(
             partial(_write, folder=folder),
             batch_size=None,
             num_cpus=0.01,  # beside the decoders, which keep their CPUs while they wait for the writers
@@ -212,15 +193,6 @@ def _decode(tasks: Batch, folder: EmbeddedFolder, spec: BatchSpec) -> Iterator[B
             except DataError as error:
                 raise DataError(f"{storage.join(folder.source.uri, source.file)!r}: {error}") from error
             yield {"unit": np.array([unit])} | {name: array[np.newaxis] for name, array in batch.items()}
-
-
-class _Embedder(stream.ClipActor):
-    """Units in, the same units with CLIP's embeddings out."""
-
-    def __init__(self, config: EmbedConfig) -> None:
-        device = "cuda" if config.gpus else "cpu"
-        self.stage = ClipEmbedStage(config.clip, device, microbatch=config.microbatch, text_states=config.text_states)
-        self.stage.setup()
 
 
 def _write(units: Batch, folder: EmbeddedFolder) -> Iterator[Batch]:

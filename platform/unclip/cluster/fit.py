@@ -116,7 +116,12 @@ def _clip_pool(prepared: PreparedRun) -> stream.ClipPool | None:
     config = prepared.config
     if prepared.spec.clip_tokenizer is None or config.clip is None:
         return None
-    return stream.ClipPool(config.clip, actors=config.resources.clip_actors, gpus=config.resources.clip_gpus)
+    return stream.ClipPool(
+        config.clip,
+        actors=config.resources.clip_actors,
+        gpus=config.resources.clip_gpus,
+        text_states="text_states" in config.objective.embedding_columns,
+    )
 
 
 def _is_finished(summary: dict[str, Any], config: TrainConfig) -> bool:

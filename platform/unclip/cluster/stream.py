@@ -33,6 +33,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from unclip.data.batches import Batch, BatchSpec, make_batch
+from unclip.data.embedding import MICROBATCH, ClipEmbedStage
 from unclip.data.manifest import Manifest, SliceReader
 from unclip.data.order import Chunk, RunOrder
 
@@ -43,8 +44,11 @@ if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
     from ray.data._internal.execution.streaming_executor_state import Topology
 
-UNIT_ROWS = 64
-"""Rows a unit is filled up to with further steps, where one step gives a worker fewer: a unit costs Ray milliseconds."""
+UNIT_BYTES = 1 << 24
+"""A unit is filled with further steps up to this size, since each costs Ray tens of milliseconds of CPU; encoded or decoded,
+whichever is more."""
+UNIT_ROWS = 512
+"""And up to so many rows."""
 PREFETCH_UNITS = 2
 """Units that a worker fetches ahead of the one it takes apart."""
 STEPS_AHEAD = 2
@@ -53,6 +57,9 @@ CHUNKS_PER_TASK = 64
 """Chunks that a reading task goes through: bounds both the number of tasks of a long run and what a lost one repeats."""
 UNITS_AHEAD = 4
 """Units that wait for each worker between two operators."""
+_CLIP_CPUS = 0.99
+"""Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
+the CLIP would wait while its own process decodes."""
 _REST_S = 0.02
 
 
@@ -68,11 +75,15 @@ class ClipPool:
         source: what `load_clip` takes.
         actors: how many work at once.
         gpus: GPUs of each; 0 for one CPU each.
+        microbatch: records that pass a CLIP at once.
+        text_states: whether units get the states of all tokens too, see `ClipEmbedStage.process`.
     """
 
     source: str
     actors: int = 1
     gpus: float = 0.0
+    microbatch: int = MICROBATCH
+    text_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +127,10 @@ class StreamPlan:
         """Rows of a worker in a step."""
         return self.order.global_batch_size // self.num_workers
 
-    @property
-    def steps_per_unit(self) -> int:
-        return max(1, UNIT_ROWS // self.rank_batch_size)
+    def steps_per_unit(self, encoded_bytes: float) -> int:
+        """Steps that a unit holds of records that take `encoded_bytes` each."""
+        rows = min(UNIT_ROWS, UNIT_BYTES / max(encoded_bytes, self.spec.row_bytes, 1))
+        return max(1, int(rows / self.rank_batch_size))
 
 
 def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
@@ -147,14 +159,19 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
             compute=TaskPoolStrategy(size=plan.data_cpus),
         )
         if plan.clip is not None:
-            dataset = dataset.map_batches(
-                ClipActor,
-                fn_constructor_args=(plan.clip,),
-                batch_size=None,
-                compute=ActorPoolStrategy(size=plan.clip.actors),
-                **({"num_gpus": plan.clip.gpus} if plan.clip.gpus else {"num_cpus": 1}),
-            )
+            dataset = embed_units(dataset, plan.clip)
     return dataset
+
+
+def embed_units(dataset: ray.data.Dataset, pool: ClipPool) -> ray.data.Dataset:
+    """A dataset of units with CLIP's embeddings in them, as `ClipEmbedStage` makes them."""
+    return dataset.map_batches(
+        ClipActor,
+        fn_constructor_args=(pool,),
+        batch_size=None,
+        compute=ActorPoolStrategy(size=pool.actors),
+        **({"num_gpus": pool.gpus} if pool.gpus else {"num_cpus": _CLIP_CPUS}),
+    )
 
 
 def execution_options() -> ExecutionOptions:
@@ -232,7 +249,7 @@ def _read(tasks: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
             chunk, records = upcoming.result()
             if following is not None:
                 upcoming = ahead.submit(_records, reader, plan.order, following)
-            for rows in _units(chunk, plan):
+            for rows in _units(chunk, plan, plan.steps_per_unit(records.nbytes / records.num_rows)):
                 unit = records.take(chunk.permutation[rows])
                 unit = unit.append_column("position", pa.array(chunk.first_position + rows))
                 yield pa.table({"records": _serialise(unit)})
@@ -244,16 +261,21 @@ def _records(reader: SliceReader, order: RunOrder, index: int) -> tuple[Chunk, p
     return chunk, reader.read(chunk.slices).combine_chunks()
 
 
-def _units(chunk: Chunk, plan: StreamPlan) -> Iterator[np.ndarray[Any, Any]]:
-    """Row numbers of each unit of a chunk: worker 0's, worker 1's, … of a few steps, then those of the next few."""
-    first = max(plan.start_position - chunk.first_position, 0)
+def _units(chunk: Chunk, plan: StreamPlan, most_steps: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Row numbers of each unit of a chunk: worker 0's, worker 1's, … of a few steps, then those of the next few.
+
+    Units hold at most `most_steps`, and at first no more than went before them, so that training starts at once.
+    """
+    start = max(plan.start_position - chunk.first_position, 0)
     last = min(plan.stop_position - chunk.first_position, chunk.rows)
     batch = plan.order.global_batch_size
-    for start in range(first, last, batch * plan.steps_per_unit):
-        stop = min(start + batch * plan.steps_per_unit, last)
+    while start < last:
+        gone = (chunk.first_position + start - plan.start_position) // batch
+        stop = min(start + batch * max(1, min(most_steps, gone)), last)
         steps = np.arange(start, stop).reshape(-1, plan.num_workers, plan.rank_batch_size)
         for rank in range(plan.num_workers):
             yield steps[:, rank].reshape(-1)
+        start = stop
 
 
 def _serialise(table: pa.Table) -> pa.Array:
@@ -278,9 +300,8 @@ class ClipActor:
     """Units in, the same units with CLIP's embeddings out."""
 
     def __init__(self, pool: ClipPool) -> None:
-        from unclip.data.embedding import ClipEmbedStage
-
-        self.stage = ClipEmbedStage(pool.source, device="cuda" if pool.gpus else "cpu")
+        device = "cuda" if pool.gpus else "cpu"
+        self.stage = ClipEmbedStage(pool.source, device, microbatch=pool.microbatch, text_states=pool.text_states)
         self.stage.setup()
 
     def __call__(self, units: Batch) -> Iterator[Batch]:

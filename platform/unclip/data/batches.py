@@ -71,6 +71,12 @@ class BatchSpec(Config):
         return self.crop_size or self.image_size or 0
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's pictures."""
+        sides = (self.output_size, self.low_res_size or 0, self.clip_image_size or 0)
+        return 3 * sum(side * side for side in sides)
+
+    @property
     def has_captions(self) -> bool:
         return self.tokenizer is not None or self.clip_tokenizer is not None
 

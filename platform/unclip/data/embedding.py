@@ -14,6 +14,8 @@ from unclip.data.manifest import DataError
 if TYPE_CHECKING:
     from unclip.models.clip import ClipModel
 
+MICROBATCH = 64
+"""Records that pass a CLIP at once where nothing else is asked for."""
 CLIP_INPUTS = ("clip_image", "clip_tokens")
 """Arrays that only a CLIP in the stream needs."""
 
@@ -28,7 +30,9 @@ class ClipEmbedStage:
         text_states: whether the states of all tokens are wanted too, see `ClipModel.encode_text_states`.
     """
 
-    def __init__(self, source: str, device: str = "cpu", *, microbatch: int = 64, text_states: bool = False) -> None:
+    def __init__(
+        self, source: str, device: str = "cpu", *, microbatch: int = MICROBATCH, text_states: bool = False
+    ) -> None:
         self.source = source
         self.device = device
         self.microbatch = microbatch

@@ -18,6 +18,7 @@ from unclip.pipelines.bundle import ClipReference, check_clip
 from unclip.pipelines.stages.classifier import MAX_CLASSES
 from unclip.training.config import TrainConfig
 from unclip.training.objectives.classifier import ClassifierObjectiveConfig
+from unclip.training.objectives.decoder import DecoderObjectiveConfig
 from unclip.training.run_folder import RunFolder
 from unclip.utils import storage
 
@@ -173,6 +174,7 @@ def _clip_of_columns(config: TrainConfig, manifests: Sequence[Manifest]) -> dict
                 f"data.others: the embeddings in {manifest.uri!r} are of another CLIP ({_named(clip)}) than those in "
                 f"{manifests[0].uri!r} ({_named(clips[0])})"
             )
+        _check_text_states(config, clip, f"the embeddings in {manifest.uri!r}")
     if config.clip is not None:
         fingerprint = load_clip_named(config.clip).fingerprint
         if fingerprint != clips[0]["fingerprint"]:
@@ -192,6 +194,40 @@ def _stored_clip(manifest: Manifest) -> dict[str, Any]:
             "or set data.embeddings=stream"
         )
     return dict(clip)
+
+
+def clip_facts(clip: ClipModel, source: str, *, text_states: bool) -> dict[str, Any]:
+    """What there is to know of a CLIP beside its embeddings: `source`, `fingerprint` and `embed_dim`; where its text
+    states are wanted, `text_states` with `context_length` and `state_dim`.
+
+    Raises `ConfigError` where it has no such states.
+    """
+    facts: dict[str, Any] = {"source": source, "fingerprint": clip.fingerprint, "embed_dim": clip.embed_dim}
+    if text_states:
+        try:
+            facts["text_states"] = {"context_length": clip.context_length, "state_dim": clip.text_state_dim}
+        except ValueError as error:
+            raise ConfigError(f"clip = {source!r}: its text states are wanted, but {error}") from None
+    return facts
+
+
+def _check_text_states(config: TrainConfig, clip: Mapping[str, Any], what: str) -> None:
+    """Raises `ConfigError` where a decoder reads text states in another shape than they were written in."""
+    objective = config.objective
+    expected = objective.stage.model.text_states if isinstance(objective, DecoderObjectiveConfig) else None
+    if expected is None:
+        return
+    if "text_states" not in clip:
+        raise ConfigError(
+            f"objective.stage.model.text_states: {what} are without them: write them with jobs/embed.py and "
+            "text_states=true"
+        )
+    for name in ("context_length", "state_dim"):
+        asked, there = getattr(expected, name), clip["text_states"][name]
+        if asked != there:
+            raise ConfigError(
+                f"objective.stage.model.text_states.{name} = {asked}: {what} have {there}; set it to {there}"
+            )
 
 
 def _named(clip: Mapping[str, Any]) -> str:
@@ -231,13 +267,9 @@ def _clip_in_stream(config: TrainConfig) -> dict[str, Any]:
         "clip_tokenizer": config.clip,
         "clip_context_length": clip.context_length,
     }
-    return {
-        "source": config.clip,
-        "fingerprint": clip.fingerprint,
-        "embed_dim": clip.embed_dim,
-        "statistics": None,
-        "inputs": inputs,
-    }
+    facts = clip_facts(clip, config.clip, text_states="text_states" in config.objective.embedding_columns)
+    _check_text_states(config, facts, f"those of clip = {config.clip!r}")
+    return {**facts, "statistics": None, "inputs": inputs}
 
 
 def _fitted(config: TrainConfig, clip: dict[str, Any]) -> TrainConfig:

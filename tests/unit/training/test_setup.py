@@ -235,6 +235,44 @@ def test_a_model_for_embeddings_of_another_width(place: Place, stage: str) -> No
     place.refuses(ConfigError, "objective.stage.model.embed_dim = 32", "set it to 16", stage=stage, objective=model)
 
 
+TEXT_STATES = {"context_length": 16, "state_dim": 32}  # of the tiny architecture
+
+
+@pytest.fixture
+def told_states(place: Place) -> Callable[..., dict[str, Any]]:
+    """`told_states(name=value)`: changes for a decoder that takes text states, of another shape in the fields given."""
+
+    def changes(**fields: int) -> dict[str, Any]:
+        states = TEXT_STATES | {"width": 32} | fields
+        return {"stage": "decoder", "objective": {"stage": {"model": {"text": None, "text_states": states}}}}
+
+    return changes
+
+
+@pytest.mark.parametrize(("field", "value"), [("context_length", 8), ("state_dim", 64)])
+def test_text_states_of_another_shape(
+    place: Place, told_states: Callable[..., dict[str, Any]], field: str, value: int
+) -> None:
+    """Half as many tokens of twice the width are as many numbers, so the columns alone do not tell."""
+    changes = told_states(**{field: value})
+    data = embed(place.records, str(place.root / "states"), place.clip, text_states=True)
+    words = (f"objective.stage.model.text_states.{field} = {value}", f"set it to {TEXT_STATES[field]}")
+    place.refuses(ConfigError, *words, data, **changes, data={"path": data})
+    stream = {"path": place.records, "embeddings": "stream"}
+    place.refuses(ConfigError, *words, repr(place.clip), **changes, data=stream)
+
+
+def test_text_states_that_nobody_vouches_for(place: Place, told_states: Callable[..., dict[str, Any]]) -> None:
+    place.refuses(DataError, "no column 'text_states'", **told_states())
+    data = Path(embed(place.records, str(place.root / "states"), place.clip, text_states=True))
+    assert prepare_run(place.config(**told_states(), data={"path": str(data)})).spec.embeddings[-1] == "text_states"
+    facts = json.loads((data / "manifest.json").read_text())
+    del facts["clip"]["text_states"]
+    (data / "manifest.json").write_text(json.dumps(facts))
+    words = ("objective.stage.model.text_states", str(data), "jobs/embed.py")
+    place.refuses(ConfigError, *words, **told_states(), data={"path": str(data)})
+
+
 def test_whitening_needs_statistics(place: Place, edited: Callable[..., str]) -> None:
     words = ("objective.normalization = 'whiten'", "statistics")
     whiten = {"normalization": "whiten"}

@@ -57,13 +57,13 @@ class Entry:
     """A row that still lacks its bytes.
 
     Args:
-        picture: address of the picture; None where the row has none.
-        text: address of the file with its caption; None where the row has the caption already, or none.
+        picture: None where the row has none.
+        text: the file with its caption; None where the row has the caption already, or none.
     """
 
     row: Row
-    picture: str | None = None
-    text: str | None = None
+    picture: SourceFile | None = None
+    text: SourceFile | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class FolderSource:
             elif suffix == "txt":
                 texts[posixpath.splitext(file.name)[0]] = file
             else:
-                pictures[file.name] = Entry(Row(printable(file.name)), picture=file.uri)
+                pictures[file.name] = Entry(Row(printable(file.name)), picture=file)
         yield from _add_texts(pictures, texts)
         listed: set[str] = set()
         for file in lists:
@@ -154,7 +154,7 @@ def _add_texts(pictures: dict[str, Entry], texts: dict[str, SourceFile]) -> Iter
         by_stem[posixpath.splitext(name)[0]].append(name)
     for stem, file in texts.items():
         for name in by_stem[stem]:
-            pictures[name] = replace(pictures[name], text=file.uri)
+            pictures[name] = replace(pictures[name], text=file)
         if not by_stem[stem]:
             yield _refused(file.name, "no_image", "has no picture of its name beside it")
 
@@ -176,10 +176,10 @@ def _refused(key: str, reason: str, detail: str) -> Entry:
 def _read(entry: Entry) -> Row:
     row = entry.row
     if entry.picture is not None:
-        row = replace(row, image=storage.read_bytes(entry.picture))
+        row = replace(row, image=storage.read_bytes(entry.picture.uri))
     if entry.text is None:
         return row
-    caption, valid = read_text(storage.read_bytes(entry.text))
+    caption, valid = read_text(storage.read_bytes(entry.text.uri))
     if not valid:
         return replace(row, caption=caption, reason="invalid_utf8", detail=f"the caption of {row.key!r} is not UTF-8")
     return replace(row, caption=caption)

@@ -54,6 +54,7 @@ class RowGroup(Part):
     Args:
         first_row: its first row's number in the file.
         carried: the columns that the source carries along, with the types of its first file.
+        size: bytes of the file, which tell when it has changed in place.
         problem: why the file cannot be read; it is one part then, with one row.
     """
 
@@ -61,6 +62,7 @@ class RowGroup(Part):
     row_group: int
     first_row: int
     carried: pa.Schema
+    size: int
     problem: str | None = None
 
 
@@ -208,13 +210,13 @@ def _open_footer(file: SourceFile) -> _File | _BrokenFile:
 def _parts_of(opened: _File | _BrokenFile, carried: pa.Schema) -> Iterator[RowGroup]:
     file = opened.file
     if isinstance(opened, _BrokenFile):
-        yield RowGroup(f"{file.name}#0", file.uri, 0, 0, carried, opened.problem)
+        yield RowGroup(f"{file.name}#0", file.uri, 0, 0, carried, file.size, opened.problem)
         return
     first_row = 0
     for group in range(opened.footer.num_row_groups):
         rows = opened.footer.row_group(group).num_rows
         if rows > 0:
-            yield RowGroup(f"{file.name}#{group}", file.uri, group, first_row, carried)
+            yield RowGroup(f"{file.name}#{group}", file.uri, group, first_row, carried, file.size)
         first_row += rows
 
 

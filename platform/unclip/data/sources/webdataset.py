@@ -49,9 +49,10 @@ class WebDatasetSourceConfig(FieldSettings):
 
 @dataclass(frozen=True)
 class Tar(Part):
-    """One archive."""
+    """One archive; its size tells when it has changed in place."""
 
     uri: str
+    size: int
 
 
 @dataclass
@@ -79,7 +80,8 @@ class WebDatasetSource:
         return self._config.table_schema()
 
     def parts(self) -> tuple[Tar, ...]:
-        return tuple(Tar(file.name, file.uri) for file in find_shards(self._config.uri, (".tar", ".tar.gz", ".tgz")))
+        files = find_shards(self._config.uri, (".tar", ".tar.gz", ".tgz"))
+        return tuple(Tar(file.name, file.uri, file.size) for file in files)
 
     def read(self, part: Tar) -> Iterator[pa.Table]:
         with StorageFile(part.uri) as file:
