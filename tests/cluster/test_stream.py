@@ -170,7 +170,7 @@ def test_decoders_and_clips_are_processes_of_their_own(records: str, tiny_clip: 
     plan = make_plan(records, workers=1, clip=stream.ClipPool(tiny_clip))
     operators, _ = get_execution_plan(stream.build_dataset(plan)._logical_plan)
     assert operators.dag.name == "MapBatches(ClipActor)"
-    assert "_decode" in operators.dag.input_dependencies[0].name
+    assert "DecodeActor" in operators.dag.input_dependencies[0].name
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ UNITS_AHEAD = 4
 _CLIP_CPUS = 0.99
 """Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
 the CLIP would wait while its own process decodes."""
-_REST_S = 0.02
+_REST_S = 0.01
 
 
 class StreamError(RuntimeError):
@@ -97,7 +97,7 @@ class StreamPlan:
         num_workers: workers that share every global batch equally.
         start_position: first sample, a multiple of the global batch size: what the run has trained on so far.
         stop_position: sample after the last, a multiple of the global batch size.
-        data_cpus: tasks that decode at once.
+        data_cpus: actors that decode, on a CPU each.
         clip: makes the embeddings in the stream; needs the CLIP fields of `spec`.
     """
 
@@ -152,11 +152,13 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
             compute=TaskPoolStrategy(size=1),  # a second one could fill the buffers before its turn comes
         )
         dataset = dataset.map_batches(
-            partial(_decode, spec=plan.spec, seed=plan.order.seed),
+            DecodeActor,
+            fn_constructor_args=(plan.spec, plan.order.seed),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
-            compute=TaskPoolStrategy(size=plan.data_cpus),
+            # Not tasks: an actor has its next unit at hand, a task's CPU rests until the scheduling loop comes round.
+            compute=ActorPoolStrategy(size=plan.data_cpus, max_tasks_in_flight_per_actor=2),
         )
         if plan.clip is not None:
             dataset = embed_units(dataset, plan.clip)
@@ -288,12 +290,18 @@ def _serialise(table: pa.Table) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, content])
 
 
-def _decode(units: pa.Table, spec: BatchSpec, seed: int) -> Iterator[Batch]:
-    """Encoded units to arrays."""
-    for unit in units.column("records"):
-        records = pa.ipc.open_stream(unit.as_buffer()).read_all()
-        batch = make_batch(records, records.column("position").to_numpy(), spec, seed)
-        yield {name: array[np.newaxis] for name, array in batch.items()}
+class DecodeActor:
+    """Encoded units in, arrays out."""
+
+    def __init__(self, spec: BatchSpec, seed: int) -> None:
+        self.spec = spec
+        self.seed = seed
+
+    def __call__(self, units: pa.Table) -> Iterator[Batch]:
+        for unit in units.column("records"):
+            records = pa.ipc.open_stream(unit.as_buffer()).read_all()
+            batch = make_batch(records, records.column("position").to_numpy(), self.spec, self.seed)
+            yield {name: array[np.newaxis] for name, array in batch.items()}
 
 
 class ClipActor:
@@ -352,11 +360,11 @@ class _UnitsAhead(BackpressurePolicy):
 
 
 class _Rest(ExecutionCallback):
-    """Lets Ray Data's scheduling loop sleep while workers have units to take.
+    """Lets Ray Data's scheduling loop sleep in every round.
 
-    While everything waits for the workers it would spin, and take half a core from training on a small machine.
+    While everything waits for the workers, or for the decoders, it would spin and take half a core from either on a small
+    machine. Nothing waits for the loop: decoders and workers have units in hand.
     """
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        if not executor._consumer_idling():
-            time.sleep(_REST_S)
+        time.sleep(_REST_S if executor._consumer_idling() else 2 * _REST_S)
