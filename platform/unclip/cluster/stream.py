@@ -2,8 +2,8 @@
 
 The order of samples is `RunOrder`'s, exactly, for any number of workers: global batch k is made of the positions
 k*B to (k+1)*B - 1, of which worker r gets the r-th part. Ray Data knows nothing of that; it moves *units*. A unit is one
-row of the dataset and one block: a worker's rows of a few steps in a row, first as the encoded records (an Arrow IPC
-message), then as arrays. Since blocks keep their order and are dealt out one by one, unit i goes to worker i mod N.
+row of the dataset and one block: a worker's rows of a few steps in a row, first as lists of encoded records, then as
+arrays. Since blocks keep their order and are dealt out one by one, unit i goes to worker i mod N.
 Workers check the positions that they get all the same.
 
 Operators: read chunks (I/O) -> decode units (CPU) -> embed them (optional, CLIP actors).
@@ -254,7 +254,7 @@ def _read(tasks: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
             for rows in _units(chunk, plan, plan.steps_per_unit(records.nbytes / records.num_rows)):
                 unit = records.take(chunk.permutation[rows])
                 unit = unit.append_column("position", pa.array(chunk.first_position + rows))
-                yield pa.table({"records": _serialise(unit)})
+                yield _as_row(unit)
 
 
 def _records(reader: SliceReader, order: RunOrder, index: int) -> tuple[Chunk, pa.Table]:
@@ -280,14 +280,16 @@ def _units(chunk: Chunk, plan: StreamPlan, most_steps: int) -> Iterator[np.ndarr
         start = stop
 
 
-def _serialise(table: pa.Table) -> pa.Array:
-    """The table as the only value of a large_binary array."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    content = sink.getvalue()
-    offsets = pa.py_buffer(np.array([0, content.size], dtype=np.int64))
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, content])
+def _as_row(table: pa.Table) -> pa.Table:
+    """A table of one row, whose columns are lists of the table's; of a table in one piece without a copy."""
+    offsets = pa.array([0, table.num_rows], pa.int64())
+    columns = [pa.LargeListArray.from_arrays(offsets, column.combine_chunks()) for column in table.columns]
+    return pa.table(columns, names=table.column_names)
+
+
+def _rows_of(row: pa.Table) -> pa.Table:
+    """The table that `_as_row` made a row of."""
+    return pa.table([column.combine_chunks().flatten() for column in row.columns], names=row.column_names)
 
 
 class DecodeActor:
@@ -298,8 +300,8 @@ class DecodeActor:
         self.seed = seed
 
     def __call__(self, units: pa.Table) -> Iterator[Batch]:
-        for unit in units.column("records"):
-            records = pa.ipc.open_stream(unit.as_buffer()).read_all()
+        for index in range(units.num_rows):
+            records = _rows_of(units.slice(index, 1))
             batch = make_batch(records, records.column("position").to_numpy(), self.spec, self.seed)
             yield {name: array[np.newaxis] for name, array in batch.items()}
 

@@ -20,6 +20,8 @@ from unclip.utils import storage
 
 FACTS_FILE = "manifest.json"
 _FOOTER_THREADS = 32
+_READ_THREADS = 16
+"""Files that are read at once: of an object store, one request alone brings a tenth of what a node can take."""
 _WORK_FOLDERS = ("_ingest", "_parts")
 """Where jobs keep what is not ready yet."""
 
@@ -121,51 +123,80 @@ class SliceReader:
     def read(self, slices: Sequence[Iterable[Slice]]) -> pa.Table:
         """The rows of each folder's slices one after the other, folder after folder.
 
-        Every file is opened once for each run of slices in it. Raises `DataError` naming the file where it cannot be
-        read, or its columns are not those of the folder's first file.
+        Every file is opened once for each run of slices in it, `_READ_THREADS` of them at a time. Raises `DataError`
+        naming the file where it cannot be read, or its columns are not those of the folder's first file.
         """
-        tables = [table for folder, parts in zip(self._folders, slices, strict=True) for table in folder.tables(parts)]
-        if not tables:
+        runs = [run for folder, parts in zip(self._folders, slices, strict=True) for run in folder.runs(parts)]
+        if not runs:
             raise DataError("no slices to read")
-        return pa.concat_tables(tables)
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            return pa.concat_tables([table for tables in threads.map(_FolderRun.read, runs) for table in tables])
 
 
 class _FolderReader:
     def __init__(self, manifest: Manifest, columns: Sequence[str]) -> None:
-        self._manifest = manifest
-        self._columns = list(columns)
-        self._kept: tuple[int, pa.Table] | None = None
+        self.manifest = manifest
+        self.columns = list(columns)
+        self.kept: tuple[int, pa.Table] | None = None
 
-    def tables(self, slices: Iterable[Slice]) -> Iterator[pa.Table]:
-        fragments = self._manifest.fragments
-        for name, run in groupby(slices, key=lambda part: fragments[part[0]].file):
-            wanted = list(run)
-            groups = self._row_groups(name, [fragment for fragment, _, _ in wanted])
-            for (fragment, start, stop), group in zip(wanted, groups, strict=True):
-                yield group.slice(start, stop - start)
-                self._kept = (fragment, group) if stop < fragments[fragment].rows else None
+    def runs(self, slices: Iterable[Slice]) -> list[_FolderRun]:
+        """The slices, those in a row of the same file together. Each run is to be read once."""
+        fragments = self.manifest.fragments
+        kept, self.kept = self.kept, None
+        runs = [_FolderRun(self, list(run)) for _, run in groupby(slices, key=lambda part: fragments[part[0]].file)]
+        if runs:
+            runs[0].kept = kept
+            runs[-1].is_last = True
+        return runs
 
-    def _row_groups(self, name: str, wanted: Sequence[int]) -> Iterator[pa.Table]:
-        if self._kept is not None and self._kept[0] == wanted[0]:
-            yield self._kept[1]
-            wanted = wanted[1:]
+
+@dataclass
+class _FolderRun:
+    """Slices of one file.
+
+    Args:
+        folder: whose file it is.
+        slices: at least one.
+        kept: the row group that the folder's slices ended in before, and its fragment.
+        is_last: whether the folder's slices end with this run.
+    """
+
+    folder: _FolderReader
+    slices: list[Slice]
+    kept: tuple[int, pa.Table] | None = None
+    is_last: bool = False
+
+    def read(self) -> list[pa.Table]:
+        """The rows of each slice."""
+        wanted = [fragment for fragment, _, _ in self.slices]
+        known = [self.kept[1]] if self.kept is not None and self.kept[0] == wanted[0] else []
+        groups = known + self._row_groups(wanted[len(known) :])
+        fragment, _, stop = self.slices[-1]
+        if self.is_last and stop < self.folder.manifest.fragments[fragment].rows:
+            self.folder.kept = fragment, groups[-1]
+        return [group.slice(start, stop - start) for (_, start, stop), group in zip(self.slices, groups, strict=True)]
+
+    def _row_groups(self, wanted: Sequence[int]) -> list[pa.Table]:
         if not wanted:
-            return
-        self._kept = None
-        fs, folder = storage.filesystem(self._manifest.uri)
-        path = posixpath.join(self._manifest.uri, name)
+            return []
+        manifest, columns = self.folder.manifest, self.folder.columns
+        fs, folder = storage.filesystem(manifest.uri)
+        name = manifest.fragments[wanted[0]].file
+        path = posixpath.join(manifest.uri, name)
+        groups = []
         try:
             with fs.open(posixpath.join(folder, name), "rb") as stream:
                 file = pq.ParquetFile(stream)
-                _check_columns(path, file.schema_arrow, self._manifest.schema, self._columns)
+                _check_columns(path, file.schema_arrow, manifest.schema, columns)
                 for fragment in wanted:
-                    _, index, rows = self._manifest.fragments[fragment]
-                    group = file.read_row_group(index, columns=self._columns).select(self._columns)
+                    _, index, rows = manifest.fragments[fragment]
+                    group = file.read_row_group(index, columns=columns).select(columns)
                     if group.num_rows != rows:
                         raise DataError(f"{path!r}: row group {index} has {group.num_rows} rows, expected {rows}")
-                    yield group
+                    groups.append(group)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path!r} cannot be read: {error}") from error
+        return groups
 
 
 def _sizes(uri: str) -> dict[str, int]:
