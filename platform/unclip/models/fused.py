@@ -7,6 +7,7 @@ alone. With dP the gradient of its output, that of y is f'(y) P^T dP, and that o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,14 +22,45 @@ def resampled(x: torch.Tensor, resample: Resample) -> torch.Tensor:
     """(B, C, H, W) with height and width halved (average) or doubled (nearest)."""
     if resample == "down":
         return functional.avg_pool2d(x, 2)
-    return functional.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
+    if resample == "up":
+        if x.is_cpu and x.is_contiguous():
+            doubled: torch.Tensor = _Doubled.apply(x)
+            return doubled
+        return functional.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+def _repeated(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+
+
+class _Doubled(torch.autograd.Function):
+    """Nearest doubling: on CPUs PyTorch's own takes ten times as long forwards, but is the faster one backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.shape = x.shape
+        return _repeated(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _doubled_backward(gradient, ctx.shape)
+
+
+def _doubled_backward(gradient: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.aten.upsample_nearest2d_backward(gradient, gradient.shape[2:], shape, 2.0, 2.0)
+    return result
 
 
 def _resampled_gradient(gradient: torch.Tensor, resample: Resample) -> torch.Tensor:
-    """Halving and doubling are each other's transpose, up to the four pixels that an average is of."""
+    """The gradient of x, given that of `resampled(x, resample)`."""
     if resample == "down":
-        return resampled(gradient, "up").div_(4)
-    return resampled(gradient, "down").mul_(4) if resample == "up" else gradient
+        return _repeated(gradient * 0.25)
+    if resample == "up":
+        *batch, height, width = gradient.shape
+        return _doubled_backward(gradient, (*batch, height // 2, width // 2))
+    return gradient
 
 
 class _SiluConv(torch.autograd.Function):
@@ -36,6 +68,8 @@ class _SiluConv(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, resample: Resample
     ) -> torch.Tensor:
+        if torch.is_autocast_enabled(y.device.type):  # once for both passes
+            weight = weight.to(torch.get_autocast_dtype(y.device.type))
         ctx.save_for_backward(y, weight)
         ctx.resample = resample
         return functional.conv2d(resampled(functional.silu(y), resample), weight, bias, padding=1)
@@ -44,13 +78,12 @@ class _SiluConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, weight = ctx.saved_tensors
-        active = resampled(functional.silu(y), ctx.resample).to(gradient.dtype)
+        active = resampled(functional.silu(y), ctx.resample).to(weight.dtype)
         wanted = list(ctx.needs_input_grad[:3])
         sizes, pairs = [weight.shape[0]], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-        weight = weight.to(gradient.dtype)
         dy, dweight, dbias = torch.ops.aten.convolution_backward(gradient, active, weight, sizes, *pairs, wanted)
         if dy is not None:
-            dy = torch.ops.aten.silu_backward(_resampled_gradient(dy, ctx.resample).to(y.dtype), y)
+            dy = torch.ops.aten.silu_backward(_resampled_gradient(dy.to(y.dtype), ctx.resample), y)
         return dy, dweight, dbias, None
 
 

@@ -139,9 +139,8 @@ class ResidualBlock(nn.Module):
         if isinstance(self.norm_out, AdaptiveGroupNorm):
             h = self.norm_out(h, *time.chunk(2, dim=1))
         else:
-            h = self.norm_out(h + time[:, :, None, None])
-        result: torch.Tensor = self.skip(resampled(x, self.resample)) + self.conv_out(h)
-        return result
+            h = self.norm_out(h.add_(time[:, :, None, None]))
+        return self.conv_out(h).add_(self.skip(resampled(x, self.resample)))
 
 
 @dataclass(frozen=True)
