@@ -21,6 +21,7 @@ from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, check_outputs, prepare_run
 from unclip.utils import storage
+from unclip.utils.memory import keep_freed_memory
 
 
 def check(config: TrainConfig) -> PreparedRun:
@@ -77,6 +78,8 @@ def _train(prepared: PreparedRun, run: RunFolder) -> dict[str, Any]:
 
 def _worker(shard: ray.data.DataIterator, rank: int, device: torch.device, *, prepared: PreparedRun) -> dict[str, Any]:
     """What each training process does."""
+    if device.type == "cpu":
+        keep_freed_memory()
     newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
     plan = _plan(prepared, newest)
     # The stream starts before the model is built, so that the first batch is there when training is.

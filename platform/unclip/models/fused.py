@@ -83,7 +83,8 @@ class _SiluConv(torch.autograd.Function):
         sizes, pairs = [weight.shape[0]], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
         dy, dweight, dbias = torch.ops.aten.convolution_backward(gradient, active, weight, sizes, *pairs, wanted)
         if dy is not None:
-            dy = torch.ops.aten.silu_backward(_resampled_gradient(dy.to(y.dtype), ctx.resample), y)
+            dy = _resampled_gradient(dy.to(y.dtype), ctx.resample)
+            torch.ops.aten.silu_backward.grad_input(dy, y, grad_input=dy)  # memory anew costs more than the arithmetic
         return dy, dweight, dbias, None
 
 
