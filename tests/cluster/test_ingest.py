@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from jobs import ingest as job
 from PIL import Image
 
 from unclip.cluster.ingest import IngestConfig, run_ingest
@@ -227,7 +229,7 @@ def closed_gate(gate: Gate) -> Iterator[Gate]:
 
 
 def test_killed_and_run_again_it_ends_with_the_same_bytes(
-    undisturbed: Path, settings: dict[str, Any], closed_gate: Gate, tmp_path: Path
+    undisturbed: Path, settings: dict[str, Any], closed_gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The driver and all it started are killed while a picture is fetched; then the task that fetches it in the next run."""
     out, config = tmp_path / "out", tmp_path / "config.yaml"
@@ -256,12 +258,10 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(
     again.join(120)
     assert hashes(out) == hashes(undisturbed)
 
-    once_more = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert [line.split() for line in once_more.stdout.splitlines()][:3] == [
-        ["rows", "in", "70"],
-        ["kept", "58"],
-        ["quarantined:", "no_caption", "1"],
-    ]
+    assert job.main(["--config", str(config)]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]  # Ray's news of the killed come before
+    first = printed.index(["rows", "in", "70"])
+    assert printed[first + 1 : first + 3] == [["kept", "58"], ["quarantined:", "no_caption", "1"]]
     assert hashes(out) == hashes(undisturbed)
 
 
@@ -304,6 +304,38 @@ def test_ids_of_the_sources_own(tmp_path: Path) -> None:
     assert (rows["duplicate_id"]["id"], rows["duplicate_id"]["caption"]) == (7, "d")
 
 
+def test_counted_ids_beside_a_sources_own(tmp_path: Path) -> None:
+    """Own ids as a counter makes them do not take those that are counted, whichever source comes first."""
+    for name, first in (("own", 0), ("counted", 3)):
+        (tmp_path / name).mkdir()
+        images = pa.array([picture(number) for number in range(first, first + 3)], pa.large_binary())
+        table = pa.table({"image": images, "caption": list("abc"), "number": range(3)})
+        pq.write_table(table, tmp_path / name / "a.parquet")
+    own = {"kind": "parquet", "uri": f"{tmp_path}/own", "id_column": "number"}
+    counted = {"kind": "parquet", "uri": f"{tmp_path}/counted", "columns": []}
+    for name, sources, expected in (
+        ("a", [own, counted], [0, 1, 2, 2 << 55, (2 << 55) + 1, (2 << 55) + 2]),
+        ("b", [counted, own], [1 << 55, (1 << 55) + 1, (1 << 55) + 2, 0, 1, 2]),
+    ):
+        facts = run_ingest(IngestConfig.from_dict({"sources": sources, "out": f"{tmp_path}/{name}"}))
+        assert facts["counts"]["quarantined"] == {}
+        assert table_of(tmp_path / name).column("id").to_pylist() == expected
+
+
+def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    columns = {"image": pa.array([picture(number) for number in range(10)], pa.large_binary()), "caption": ["x"] * 10}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=5, use_dictionary=False, compression="none")
+    raw = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    raw[start : start + 30] = b"\xff" * 30
+    path.write_bytes(raw)
+    source = {"kind": "parquet", "uri": str(path)}
+    facts = run_ingest(IngestConfig.from_dict({"sources": [source], "out": f"{tmp_path}/out"}))
+    assert (facts["counts"]["rows_in"], facts["counts"]["kept"]) == (10, 5)
+    assert facts["counts"]["quarantined"] == {"unreadable_shard": 5}
+
+
 def test_on_object_storage(
     undisturbed: Path, source_folder: Path, settings: dict[str, Any], object_store: str, tmp_path: Path
 ) -> None:
@@ -332,12 +364,17 @@ def test_refusals(source_folder: Path, undisturbed: Path, settings: dict[str, An
                 {"sources": [{"kind": "folder", "uri": f"{tmp_path}/nowhere"}], "out": f"{tmp_path}/o"}
             )
         )
-    with pytest.raises(ConfigError, match="nsfw"):
+    lacking = f"source '{source_folder}/parquet': filter 'nsfw < 0.5': there is no column 'nsfw'"
+    with pytest.raises(ConfigError, match=re.escape(lacking)):
         run_ingest(IngestConfig.from_dict(settings | {"out": f"{tmp_path}/o", "records": {"filter": "nsfw < 0.5"}}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="holds files that this job did not make"):
         run_ingest(IngestConfig.from_dict(settings | {"out": str(tmp_path / "mine")}))
+    inside = f"out = '{source_folder}/folder/records': lies in the source folder '{source_folder}/folder'"
+    with pytest.raises(ConfigError, match=re.escape(inside)):
+        run_ingest(IngestConfig.from_dict(settings | {"out": f"{source_folder}/folder/records"}))
+    assert not (source_folder / "folder" / "records").exists()
     before = hashes(undisturbed)
     for changed, message in (
         ({"shards": {}}, "finished records of other settings: shards"),
@@ -361,6 +398,34 @@ def test_changed_sources_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "in" / "2.png").write_bytes(picture(2))
     with pytest.raises(ConfigError, match="sources that have changed"):
         run_ingest(config)
+
+
+def test_records_of_another_version_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").write_bytes(picture(1))
+    (tmp_path / "in" / "1.txt").write_text("one")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unclip-0123").write_bytes(b"")  # left by a job that was killed at its start
+    sources = [{"kind": "folder", "uri": f"{tmp_path}/in"}]
+    config = IngestConfig.from_dict({"sources": sources, "out": f"{tmp_path}/out"})
+    manifest = run_ingest(config)
+    assert storage.names(f"{tmp_path}/out") == ["data-00000.parquet", "manifest.json"]
+    storage.write_json(f"{tmp_path}/out/manifest.json", manifest | {"schema_version": 0})
+    with pytest.raises(ConfigError, match="finished records of another version of this format"):
+        run_ingest(config)
+
+
+def test_the_documented_settings_work(tmp_path: Path) -> None:
+    text = (JOB.parents[1] / "docs" / "data.md").read_text()
+    example = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    image = pa.array([picture(1)], pa.large_binary())
+    pq.write_table(pa.table({"photo": image, "title": ["x"], "nsfw": [0.1]}), tmp_path / "0.parquet")
+    for source in example["sources"]:
+        source["uri"] = {"webdataset": f"{tmp_path}/*.tar", "parquet": str(tmp_path)}[source["kind"]]
+    facts = run_ingest(IngestConfig.from_dict(example | {"out": f"{tmp_path}/out"}), dry_run=True)
+    assert facts["columns"]["nsfw"] == "double"
 
 
 def test_sources_that_do_not_go_together(tmp_path: Path) -> None:

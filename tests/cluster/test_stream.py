@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data._internal.logical.optimizers import get_execution_plan
 
 from unclip.cluster import stream
-from unclip.data.batches import BatchSpec, make_batch
+from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedding import ClipEmbedStage
 from unclip.data.manifest import SliceReader, scan
 from unclip.data.order import RunOrder
@@ -89,7 +94,7 @@ def test_goes_on_in_the_middle_of_a_chunk_with_other_workers(records: str) -> No
 
 
 def test_two_sources_share_every_batch_and_every_worker_s_part_of_it(records: str, more_records: str) -> None:
-    """Two thirds and one third of 12 samples; ids from 120 on are the second source's."""
+    """Two thirds and one third of 12 samples; ids from 120 on are the second source's. Gone on with by other workers."""
     plan = make_plan(records, more_records, workers=2, weights=(2, 1))
     got = consume(plan)
     ids = run_order(got, "id")
@@ -97,6 +102,9 @@ def test_two_sources_share_every_batch_and_every_worker_s_part_of_it(records: st
     assert {int((step["id"] < 120).sum()) for steps in got for step in steps} == {BATCH // 3}
     assert sorted(ids[ids < 120][:120]) == list(range(120))  # a whole epoch of each
     assert sorted(ids[ids >= 120][:50]) == list(range(120, 170))
+    start, stop = 4 * BATCH, 7 * BATCH
+    later = consume(replace(plan, num_workers=3, start_position=start, stop_position=stop))
+    np.testing.assert_array_equal(run_order(later, "id"), ids[start:stop])
     images = run_order(got, "image")
     np.testing.assert_array_equal(images[..., 0], np.broadcast_to(ids[:, None, None], images.shape[:3]))
 
@@ -138,10 +146,50 @@ def test_an_early_end_is_refused(records: str) -> None:
         consume(plan, told=replace(plan, stop_position=3 * BATCH))
 
 
-def test_a_record_that_cannot_be_used_is_named(records: str) -> None:
-    plan = make_plan(records, workers=1, spec=BatchSpec(image_size=8, max_pixels=10))
-    with pytest.raises(Exception, match=r"record \d+: 16x16 pixels: more than 10"):
+def test_a_record_that_cannot_be_used_is_named_with_its_folder(records: str, more_records: str, tmp_path: Path) -> None:
+    """Of two folders with the same ids."""
+    table = pq.read_table(f"{more_records}/part-0.parquet")
+    broken = pa.array([b"no picture"] * table.num_rows, pa.large_binary())
+    pq.write_table(table.set_column(1, "image", broken), tmp_path / "a.parquet")
+    plan = make_plan(more_records, str(tmp_path), workers=1, weights=(1, 1), stop_position=BATCH)
+    with pytest.raises(Exception, match=rf"'{tmp_path}': record 1\d\d: not a readable picture"):
         consume(plan)
+
+
+def test_the_stream_waits_for_a_worker_that_waits(
+    records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker takes one step of 200 and rests: a bounded number of units is read and decoded."""
+    read, decoded = (tmp_path / name for name in ("read", "decoded"))
+    for folder in (read, decoded):
+        folder.mkdir()
+    whole_read, whole_decoder = stream._read, stream.DecodeActor
+
+    def counted_read(tasks: Batch, plan: stream.StreamPlan) -> Iterator[pa.Table]:
+        for unit in whole_read(tasks, plan):
+            (read / str(time.monotonic_ns())).touch()
+            yield unit
+
+    class CountedDecoder(whole_decoder):  # type: ignore[misc, valid-type]
+        def __call__(self, units: pa.Table) -> Iterator[Batch]:
+            for batch in super().__call__(units):
+                (decoded / str(time.monotonic_ns())).touch()
+                yield batch
+
+    monkeypatch.setattr(stream, "_read", counted_read)
+    monkeypatch.setattr(stream, "DecodeActor", CountedDecoder)
+    plan = make_plan(records, workers=1, stop_position=200 * BATCH)
+    (shard,) = stream.build_dataset(plan).streaming_split(1, equal=True)
+    steps = stream.batches(shard, plan, 0)
+    next(steps)
+    counts = [(0, 0)]
+    while counts[-1] == (0, 0) or counts[-1] != counts[max(0, len(counts) - 10)]:  # for a second nothing more comes
+        counts.append((len(list(read.iterdir())), len(list(decoded.iterdir()))))
+        time.sleep(0.1)
+    ahead = stream.PREFETCH_UNITS + stream.STEPS_AHEAD + stream.UNITS_AHEAD
+    assert counts[-1][1] <= ahead + 8  # those in hand
+    assert counts[-1][0] <= counts[-1][1] + 2 * stream.UNITS_AHEAD + 4
+    assert sum(1 for _ in steps) == 199
 
 
 def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
@@ -152,7 +200,7 @@ def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
         clip_tokenizer=tiny_clip,
         clip_context_length=clip.context_length,
     )
-    plan = make_plan(records, workers=1, spec=spec, stop_position=5 * BATCH, clip=stream.ClipPool(tiny_clip))
+    plan = make_plan(records, workers=1, spec=spec, stop_position=CHUNK, clip=stream.ClipPool(tiny_clip))
     got = consume(plan)
     chunk = plan.order.chunk(0)
     table = SliceReader(plan.manifests, spec.columns()).read(chunk.slices).take(chunk.permutation)
@@ -161,8 +209,8 @@ def test_clip_in_the_stream(records: str, tiny_clip: str) -> None:
     truth = stage.process(make_batch(table, chunk.positions, spec, plan.order.seed))
     assert set(got[0][0]) == set(truth)
     for name in ("id", "image", "image_embed", "text_embed"):
-        np.testing.assert_allclose(run_order(got, name)[:CHUNK], truth[name], atol=2e-3, err_msg=name)
-    np.testing.assert_array_equal(run_order(got, "position"), np.arange(5 * BATCH))
+        np.testing.assert_allclose(run_order(got, name), truth[name], atol=2e-3, err_msg=name)
+    np.testing.assert_array_equal(run_order(got, "position"), np.arange(CHUNK))
 
 
 def test_decoders_and_clips_are_processes_of_their_own(records: str, tiny_clip: str) -> None:

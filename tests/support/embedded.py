@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from unclip.data.batches import BatchSpec, make_batch
-from unclip.data.embedded_folder import EmbeddedFolder
+from unclip.data.embedded_folder import EmbeddedFolder, write_part
 from unclip.data.embedding import ClipEmbedStage, EmbeddingStatistics
 from unclip.data.manifest import read_slices, scan
 from unclip.models.clip import ClipArchitectureConfig, load_clip
@@ -39,7 +39,7 @@ def embed(records: str, out: str, clip_source: str, *, text_states: bool = False
     for file, fragments in folder.shards.items():
         for unit in (unit for fragment in fragments for unit in folder.units(fragment)):
             table = read_slices(folder.source, [unit], spec.columns())
-            folder.write_part(unit, stage.process(make_batch(table, np.arange(*unit[1:]), spec, seed=0)))
+            write_part(folder.uri, unit, stage.process(make_batch(table, np.arange(*unit[1:]), spec, seed=0)))
         folder.write_shard(file)
         statistics.merge(folder.statistics([file]))
     folder.finish(clip_facts(clip, clip_source, text_states=text_states), statistics)

@@ -22,9 +22,9 @@ from unclip.cluster import preflight, session, stream
 from unclip.config.base import Config, ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
-from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, records_identity
+from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, part_name, write_part
 from unclip.data.embedding import MICROBATCH, EmbeddingStatistics
-from unclip.data.manifest import FACTS_FILE, DataError, read_slices, scan
+from unclip.data.manifest import FACTS_FILE, DataError, read_slices, records_identity, scan
 from unclip.training.setup import absolute_clip, clip_facts, load_clip_named
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
@@ -70,7 +70,8 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     manifest = scan(config.data, ("id", "image", "caption"))
     clip = load_clip_named(config.clip)
     facts = clip_facts(clip, config.clip, text_states=config.text_states)
-    identity = {"records": records_identity(manifest), "clip": clip.fingerprint, "text_states": config.text_states}
+    records = records_identity(manifest, in_place=True)
+    identity = {"records": records, "clip": clip.fingerprint, "text_states": config.text_states}
     folder = EmbeddedFolder(manifest, storage.absolute(config.out), identity)
     is_complete = folder.is_complete()
     storage.check_writable(folder.uri)
@@ -123,9 +124,10 @@ def _embed_missing(config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec)
                 shards.write(file)
         for part in _dataset(config, folder, spec, missing).iter_rows() if missing else ():
             bar.update(part["rows"])
-            left[part["file"]].discard(part["name"])
-            if not left[part["file"]]:
-                shards.write(part["file"])
+            file = folder.source.fragments[part["fragment"]].file
+            left[file].discard(part["name"])
+            if not left[file]:
+                shards.write(file)
         shards.wait()
 
 
@@ -174,7 +176,7 @@ def _dataset(
             compute=TaskPoolStrategy(size=config.data_cpus),
         )
         return stream.embed_units(dataset, pool).map_batches(
-            partial(_write, folder=folder),
+            partial(_write, uri=folder.uri),
             batch_size=None,
             num_cpus=0.01,  # beside the decoders, which keep their CPUs while they wait for the writers
             compute=TaskPoolStrategy(size=config.data_cpus),
@@ -195,13 +197,12 @@ def _decode(tasks: Batch, folder: EmbeddedFolder, spec: BatchSpec) -> Iterator[B
             yield {"unit": np.array([unit])} | {name: array[np.newaxis] for name, array in batch.items()}
 
 
-def _write(units: Batch, folder: EmbeddedFolder) -> Iterator[Batch]:
-    """Keeps each unit's embeddings; answers with the part's name, its shard's, and the number of rows."""
+def _write(units: Batch, uri: str) -> Iterator[Batch]:
+    """Keeps each unit's embeddings; answers with the part's name, its row group's number, and the number of rows."""
     for index, (fragment, start, stop) in enumerate(units["unit"].tolist()):
         unit = (fragment, start, stop)
-        folder.write_part(unit, {name: array[index] for name, array in units.items()})
-        file = folder.source.fragments[fragment].file
-        yield {"name": np.array([folder.part_name(unit)]), "file": np.array([file]), "rows": np.array([stop - start])}
+        write_part(uri, unit, {name: array[index] for name, array in units.items()})
+        yield {"name": np.array([part_name(unit)]), "fragment": np.array([fragment]), "rows": np.array([stop - start])}
 
 
 def _statistics(folder: EmbeddedFolder) -> EmbeddingStatistics:

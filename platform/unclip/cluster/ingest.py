@@ -91,8 +91,13 @@ def _absolute(config: IngestConfig) -> IngestConfig:
     for field in ("sources", "out"):
         if not getattr(config, field):
             raise ConfigError(f"{field}: required, but not given")
-    if len(config.sources) > 1 << SOURCE_BITS:
-        raise ConfigError(f"sources: {len(config.sources)} of them, more than {1 << SOURCE_BITS}")
+    if len(config.sources) >= 1 << SOURCE_BITS:
+        raise ConfigError(f"sources: {len(config.sources)} of them, at most {(1 << SOURCE_BITS) - 1} are possible")
+    for source in config.sources:
+        if source.kind == "folder" and storage.lies_in(config.out, source.uri):
+            raise ConfigError(
+                f"out = {config.out!r}: lies in the source folder {source.uri!r}, all files of which are read"
+            )
     sources = [source.to_dict() | {"uri": storage.absolute(source.uri)} for source in config.sources]
     return config.merged({"sources": sources, "out": storage.absolute(config.out)})
 
@@ -100,15 +105,21 @@ def _absolute(config: IngestConfig) -> IngestConfig:
 def _prepare(config: IngestConfig) -> tuple[list[NumberedPart], Work]:
     """The parts of all sources, and what their tasks need to know."""
     sources = [source.build() for source in config.sources]
-    schema = record_schema([source.schema() for source in sources], config.records)
+    uris = [source.uri for source in config.sources]
+    schema = record_schema(zip(uris, (source.schema() for source in sources), strict=True), config.records)
     parts: list[NumberedPart] = []
     for index, source in enumerate(sources):
         found = source.parts()
         if len(found) > 1 << PART_BITS:
-            raise DataError(f"source {config.sources[index].uri!r} has {len(found)} parts, more than {1 << PART_BITS}")
-        first = index << (PART_BITS + ROW_BITS)
+            raise DataError(f"source {uris[index]!r} has {len(found)} parts, more than {1 << PART_BITS}")
+        # Ids that sources bring are mostly small: counted ones beside them begin above.
+        first = (index + _has_own_ids(config)) << (PART_BITS + ROW_BITS)
         parts += [NumberedPart(index, part, len(parts) + i, first + (i << ROW_BITS)) for i, part in enumerate(found)]
     return parts, Work(config.out, config.sources, config.records, config.shards, schema)
+
+
+def _has_own_ids(config: IngestConfig) -> bool:
+    return any(source.id_column is not None for source in config.sources)
 
 
 def _identity(config: IngestConfig, parts: Sequence[NumberedPart]) -> Facts:
@@ -132,13 +143,15 @@ def _check_out(out: str, identity: Facts) -> Facts | None:
                 "go back to what they were made of, or delete the folder to begin anew"
             )
         return found if state == "finished" else None
-    if set(storage.names(out)) - {WORK_FOLDER}:
+    if any(name != WORK_FOLDER and not storage.is_probe(name) for name in storage.names(out)):
         raise ConfigError(f"out = {out!r}: holds files that this job did not make; choose an empty folder")
     storage.check_writable(out)
     return None
 
 
 def _what_differs(found: Facts, identity: Facts) -> str:
+    if found.get("schema_version") != identity["schema_version"]:
+        return "another version of this format"
     before, now = found.get("config", {}), identity["config"]
     changed = [name for name in now if before.get(name) != now[name]]
     return f"other settings: {', '.join(changed)}" if changed else "sources that have changed since"
@@ -148,7 +161,7 @@ def _clean(out: str) -> None:
     """Removes the work in progress, and what killed tasks left half written."""
     for folder in (out, storage.join(out, QUARANTINE_FOLDER)):
         for name in storage.names(folder):
-            if name.endswith(".tmp"):
+            if name.endswith(".tmp") or storage.is_probe(name):
                 storage.remove(storage.join(folder, name))
     storage.remove(storage.join(out, WORK_FOLDER))
 
@@ -219,7 +232,7 @@ class _Steps:
             tasks.shuffle,
             rows=rows,
             starts=np.array([block.parts[0][0] << ROW_BITS for block in blocks]),
-            has_own_ids=any(source.id_column is not None for source in self._config.sources),
+            has_own_ids=_has_own_ids(self._config),
         )
         return removed
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedding import MICROBATCH, ClipEmbedStage
-from unclip.data.manifest import Manifest, SliceReader
+from unclip.data.manifest import DataError, Manifest, SliceReader
 from unclip.data.order import Chunk, RunOrder
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ _CLIP_CPUS = 0.99
 """Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
 the CLIP would wait while its own process decodes."""
 _REST_S = 0.01
+_SOURCE = "_source"
+"""Column of encoded units: the number of each record's source."""
 
 
 class StreamError(RuntimeError):
@@ -153,7 +155,7 @@ def build_dataset(plan: StreamPlan) -> ray.data.Dataset:
         )
         dataset = dataset.map_batches(
             DecodeActor,
-            fn_constructor_args=(plan.spec, plan.order.seed),
+            fn_constructor_args=(plan.spec, plan.order.seed, [manifest.uri for manifest in plan.manifests]),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=1,
@@ -251,10 +253,12 @@ def _read(tasks: Batch, plan: StreamPlan) -> Iterator[pa.Table]:
             chunk, records = upcoming.result()
             if following is not None:
                 upcoming = ahead.submit(_records, reader, plan.order, following)
+            sizes = [sum(stop - start for _, start, stop in slices) for slices in chunk.slices]
+            sources = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
             for rows in _units(chunk, plan, plan.steps_per_unit(records.nbytes / records.num_rows)):
                 unit = records.take(chunk.permutation[rows])
                 unit = unit.append_column("position", pa.array(chunk.first_position + rows))
-                yield _as_row(unit)
+                yield _as_row(unit.append_column(_SOURCE, pa.array(sources[chunk.permutation[rows]])))
 
 
 def _records(reader: SliceReader, order: RunOrder, index: int) -> tuple[Chunk, pa.Table]:
@@ -295,15 +299,32 @@ def _rows_of(row: pa.Table) -> pa.Table:
 class DecodeActor:
     """Encoded units in, arrays out."""
 
-    def __init__(self, spec: BatchSpec, seed: int) -> None:
+    def __init__(self, spec: BatchSpec, seed: int, folders: Sequence[str]) -> None:
         self.spec = spec
         self.seed = seed
+        self.folders = folders
 
     def __call__(self, units: pa.Table) -> Iterator[Batch]:
         for index in range(units.num_rows):
             records = _rows_of(units.slice(index, 1))
-            batch = make_batch(records, records.column("position").to_numpy(), self.spec, self.seed)
+            try:
+                batch = self._decode(records)
+            except DataError:
+                self._name_the_folder(records)
+                raise
             yield {name: array[np.newaxis] for name, array in batch.items()}
+
+    def _decode(self, records: pa.Table) -> Batch:
+        return make_batch(records, records.column("position").to_numpy(), self.spec, self.seed)
+
+    def _name_the_folder(self, records: pa.Table) -> None:
+        """Raises what is wrong with them once more, with the folder: an id may be there in every source."""
+        sources = records.column(_SOURCE).to_numpy()
+        for number in np.unique(sources):
+            try:
+                self._decode(records.filter(sources == number))
+            except DataError as error:
+                raise DataError(f"{self.folders[number]!r}: {error}") from None
 
 
 class ClipActor:

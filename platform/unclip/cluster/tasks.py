@@ -73,7 +73,10 @@ def shuffle(
     merge_task = ray.remote(_merge).options(num_cpus=1)
     rows = [split_task.remote(split, table, *shared) for table in inputs]
     columns = zip(*([row] if partitions == 1 else row for row in rows), strict=True)
-    return [merge_task.remote(merge, *column) for column in columns]
+    merged = [merge_task.remote(merge, *column) for column in columns]
+    # One shuffle at a time: the tables of the next are as large.
+    ray.wait(merged, num_returns=len(merged), fetch_local=False)
+    return merged
 
 
 def _commit(function: Callable[..., Facts], uri: str, *arguments: Any) -> Facts:

@@ -32,6 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 # For the process, as a filter for a moment would not be safe among threads; our own bound is the stricter one.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -108,6 +109,12 @@ def to_rgb(image: Image.Image, *, background: tuple[int, int, int] = WHITE, targ
         raise
     except Exception as error:  # on broken bytes the many decoders raise errors of any kind
         raise _broken(error) from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened picture as `to_rgb` turns it."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def _broken(error: Exception) -> DecodeError:

@@ -7,8 +7,6 @@ follow from the source and the embeddings alone: what was interrupted is continu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,13 +66,9 @@ class EmbeddedFolder:
         rows = self.source.fragments[fragment].rows
         return [(fragment, start, min(start + UNIT_ROWS, rows)) for start in range(0, rows, UNIT_ROWS)]
 
-    def part_name(self, unit: Slice) -> str:
-        fragment = self.source.fragments[unit[0]]
-        return f"{fragment.file}.{fragment.row_group:05d}.{unit[1]:09d}.parquet"
-
     def parts(self, fragment: int) -> set[str]:
         """Names of the parts of a row group."""
-        return {self.part_name(unit) for unit in self.units(fragment)}
+        return {part_name(unit) for unit in self.units(fragment)}
 
     def is_complete(self) -> bool:
         """Whether all is there already; `DataError` where the folder holds anything but a beginning of the same."""
@@ -87,7 +81,7 @@ class EmbeddedFolder:
 
     def _check_same(self, found: Mapping[str, Any] | None) -> None:
         if found is None:
-            if storage.names(self.uri):
+            if set(storage.names(self.uri)) - {_WORK}:
                 raise DataError(f"out = {self.uri!r}: holds files that this job did not make; choose an empty folder")
             return
         changed = [name for name, value in self.identity.items() if found.get(name) != value]
@@ -103,12 +97,6 @@ class EmbeddedFolder:
         if not storage.exists(self._work(_IDENTITY)):
             storage.write_json(self._work(_IDENTITY), self.identity)
         return set(storage.names(self._work()))
-
-    def write_part(self, unit: Slice, embedded: Batch) -> None:
-        """Keeps the embeddings of a unit: `id` (B,) and (B, D) arrays named as `COLUMNS`."""
-        columns = {name: _as_column(embedded[name]) for name in COLUMNS if name in embedded}
-        table = pa.table({"id": pa.array(embedded["id"])} | columns)
-        write_tables(self._work(self.part_name(unit)), table.schema, [table])
 
     def write_shard(self, file: str) -> None:
         """Writes a shard from its parts; they are no longer needed then.
@@ -145,7 +133,7 @@ class EmbeddedFolder:
                 yield pa.concat_tables(pending)
 
     def _joined(self, records: pa.Table, unit: Slice) -> pa.Table:
-        with storage.local_file(self._work(self.part_name(unit))) as path:
+        with storage.local_file(self._work(part_name(unit))) as path:
             part = pq.read_table(path)
         if not part.column("id").equals(records.column("id")):
             raise DataError(
@@ -227,24 +215,19 @@ class EmbeddedFolder:
         return storage.join(self.uri, _WORK, *name)
 
 
-def records_identity(manifest: Manifest) -> str:
-    """A hash that changes when the records do: of what their manifest says, where it holds a hash of their content.
+def part_name(unit: Slice) -> str:
+    """Name of a unit's part."""
+    return f"{unit[0]:09d}.{unit[1]:09d}.parquet"
 
-    Else of the names, sizes and times of change (object stores: entity tags) of the files, since reading them all to tell
-    would take as long as embedding them.
+
+def write_part(uri: str, unit: Slice, embedded: Batch) -> None:
+    """Keeps the embeddings of a unit of the folder at `uri`: `id` (B,) and (B, D) arrays named as `COLUMNS`.
+
+    Without the folder's manifest, which every task would have to be sent: 31 MiB and two seconds for a million row groups.
     """
-    known: Any = manifest.facts
-    if "records_sha256" not in known:
-        fs, folder = storage.filesystem(manifest.uri)
-        fs.invalidate_cache()
-        entries = {posixpath.basename(str(entry["name"])): entry for entry in fs.ls(folder, detail=True)}
-        files = sorted({fragment.file for fragment in manifest.fragments})
-        known = [[file, entries[file]["size"], _version(entries[file])] for file in files]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _version(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("ETag") or entry.get("mtime"))
+    columns = {name: _as_column(embedded[name]) for name in COLUMNS if name in embedded}
+    table = pa.table({"id": pa.array(embedded["id"])} | columns)
+    write_tables(storage.join(uri, _WORK, part_name(unit)), table.schema, [table])
 
 
 def _as_column(vectors: npt.NDArray[np.float16]) -> pa.Array:

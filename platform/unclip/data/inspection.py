@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from pydantic import Field
 
 from unclip.config.base import Config, ConfigError
-from unclip.data.decode import DecodeError, decode_image
+from unclip.data.decode import DecodeError, decode_image, open_image, upright_size
 from unclip.data.manifest import Manifest, Slice, read_slices, scan
 from unclip.utils import storage
 from unclip.utils.html_page import Figure, HtmlPage
@@ -26,6 +28,28 @@ _THUMBNAIL = 128
 _ROW_GROUPS = 64
 _QUARANTINE_FILES = 64
 _DUPLICATES = ("duplicate", "near_duplicate")
+_PROBLEMS = 20
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+_SHOWN: dict[str, Callable[[pa.DataType], bool]] = {
+    "id": lambda _: True,
+    "image": _is_bytes,
+    "caption": _is_text,
+    "image_embed": pa.types.is_fixed_size_list,
+    "text_embed": pa.types.is_fixed_size_list,
+}
+"""What the page shows, where it has a type that it can be shown of."""
+
+Problem = tuple[str, str, str]
+"""(id, short reason, detail) of a record that cannot be trained on."""
 
 
 class InspectConfig(Config):
@@ -68,16 +92,17 @@ def inspect(config: InspectConfig, *, dry_run: bool = False) -> dict[str, Any]:
     """
     if not config.data:
         raise ConfigError("data: required, but not given")
-    manifest = scan(config.data, ("id",))
+    manifest = scan(config.data, ("id",), may_be_empty=True)
+    rng = np.random.default_rng(config.seed)
+    slices = sample_rows(manifest, config.rows, rng)
     facts: dict[str, Any] = {
         "rows": manifest.rows,
-        "sample": min(config.rows, manifest.rows),
+        "sample": sum(stop - start for _, start, stop in slices),
         "out": storage.absolute(config.out),
     }
     if dry_run:
         return facts
-    rng = np.random.default_rng(config.seed)
-    sample = read_sample(manifest, sample_rows(manifest, config.rows, rng))
+    sample = read_sample(manifest, slices)
     quarantine = read_quarantine(manifest.uri, config.rejected)
     page = _page(manifest, sample, quarantine, config, rng)
     storage.write_bytes(facts["out"], page.html().encode())
@@ -89,10 +114,12 @@ def sample_rows(manifest: Manifest, rows: int, rng: np.random.Generator) -> list
 
     Whole row groups have to be read, so a sample from few of them is what a huge set allows.
     """
+    if not manifest.fragments:
+        return []
     sizes = np.array([fragment.rows for fragment in manifest.fragments])
     count = min(_ROW_GROUPS, len(sizes), rows)
     chosen = np.sort(rng.choice(len(sizes), count, replace=False, p=sizes / sizes.sum()))
-    wanted = np.minimum(_shares(min(rows, manifest.rows), count), sizes[chosen])
+    wanted = _shares(rows, sizes[chosen])
     slices = []
     for fragment, take in zip(chosen, wanted, strict=True):
         start = int(rng.integers(sizes[fragment] - take + 1))
@@ -101,8 +128,11 @@ def sample_rows(manifest: Manifest, rows: int, rng: np.random.Generator) -> list
 
 
 def read_sample(manifest: Manifest, slices: Sequence[Slice]) -> pa.Table:
-    """All columns of some slices; of each row group only these rows stay in memory."""
-    parts = (read_slices(manifest, [part], manifest.columns) for part in slices)
+    """What the page shows of some slices; of each row group only these rows stay in memory."""
+    columns = [name for name, fits in _SHOWN.items() if name in manifest.columns and fits(_type(manifest, name))]
+    if not slices:
+        return pa.schema([manifest.schema.field(name) for name in columns]).empty_table()
+    parts = (read_slices(manifest, [part], columns) for part in slices)
     return pa.concat_tables([part.take(np.arange(part.num_rows)) for part in parts])
 
 
@@ -122,25 +152,42 @@ def read_quarantine(uri: str, examples: int) -> Quarantine:
     return result
 
 
-def picture_facts(table: pa.Table, max_side: int = _THUMBNAIL) -> tuple[npt.NDArray[np.float64], list[Figure | None]]:
-    """(N, 2) width and height of each picture as stored, NaN where it is not readable, and its thumbnail."""
+def picture_sizes(table: pa.Table) -> tuple[npt.NDArray[np.float64], list[Problem]]:
+    """(N, 2) width and height of each picture, upright, by its header; NaN where that is refused, and why it is."""
     sizes = np.full((table.num_rows, 2), np.nan)
-    thumbnails: list[Figure | None] = []
-    captions = table.column("caption").to_pylist() if "caption" in table.column_names else [""] * table.num_rows
-    for row, (content, identifier) in enumerate(
-        zip(table.column("image"), table.column("id").to_pylist(), strict=True)
-    ):
-        thumbnails.append(None)
-        if not content.is_valid:
-            continue
+    problems = []
+    for row, content in enumerate(table.column("image")):
         try:
-            with Image.open(io.BytesIO(content.as_py())) as header:
-                sizes[row] = header.size
-            picture = decode_image(content.as_py(), target=max_side)
-        except (DecodeError, OSError, ValueError):
-            continue
-        thumbnails[row] = (_jpeg(picture, max_side), "image/jpeg", f"{captions[row] or 'no caption'} ({identifier})")
-    return sizes, thumbnails
+            sizes[row] = upright_size(open_image(content.as_py() or b""))
+        except DecodeError as error:
+            problems.append((str(table.column("id")[row]), error.reason, error.detail))
+    return sizes, problems
+
+
+def captions(table: pa.Table) -> tuple[list[str], list[Problem]]:
+    """Each caption, "" for none, and which are not UTF-8; Arrow takes over such text unseen."""
+    texts, problems = [], []
+    for row, value in enumerate(table.column("caption")):
+        content = value.as_buffer().to_pybytes() if value.is_valid else b""
+        try:
+            texts.append(content.decode())
+        except UnicodeDecodeError as error:
+            texts.append(content.decode(errors="replace"))
+            problems.append((str(table.column("id")[row]), "caption_not_utf8", str(error)))
+    return texts, problems
+
+
+def contact_sheet(table: pa.Table, texts: Sequence[str], rows: Iterable[int], most: int) -> list[Figure]:
+    """Thumbnails, with their captions `texts`, of the first `most` of `rows` that can be decoded."""
+    return list(islice((figure for row in rows if (figure := _figure(table, texts, row)) is not None), most))
+
+
+def _figure(table: pa.Table, texts: Sequence[str], row: int) -> Figure | None:
+    try:
+        picture = decode_image(table.column("image")[row].as_py() or b"", target=_THUMBNAIL)
+    except DecodeError:
+        return None
+    return _jpeg(picture, _THUMBNAIL), "image/jpeg", f"{texts[row] or 'no caption'} ({table.column('id')[row]})"
 
 
 def clip_similarity(table: pa.Table) -> npt.NDArray[np.float64] | None:
@@ -164,8 +211,12 @@ def _page(
     )
     _counts(page, manifest, quarantine)
     page.heading("Columns")
-    page.table([(name, str(sample.schema.field(name).type)) for name in sample.column_names], ("column", "type"))
-    _distributions(page, sample, config, rng)
+    page.table([(field.name, str(field.type)) for field in manifest.schema], ("column", "type"))
+    strange = [name for name in _SHOWN if name in manifest.columns and name not in sample.column_names]
+    if strange:
+        page.note(f"Not shown, being of types that this page does not know: {', '.join(strange)}.")
+    if sample.num_rows:
+        _distributions(page, sample, config, rng)
     _rejected(page, quarantine)
     return page
 
@@ -190,8 +241,13 @@ def _distributions(page: HtmlPage, sample: pa.Table, config: InspectConfig, rng:
     page.heading("Distributions")
     plots: list[tuple[str, npt.NDArray[np.float64]]] = []
     figures: list[Figure] = []
+    problems: list[Problem] = []
+    texts = [""] * sample.num_rows
+    if "caption" in sample.column_names:
+        texts, problems = captions(sample)
     if "image" in sample.column_names:
-        sizes, thumbnails = picture_facts(sample)
+        sizes, refused = picture_sizes(sample)
+        problems += refused
         width, height = sizes[:, 0], sizes[:, 1]
         plots += [
             ("short side, pixels", sizes.min(axis=1)),
@@ -200,10 +256,8 @@ def _distributions(page: HtmlPage, sample: pa.Table, config: InspectConfig, rng:
         ]
         lengths = sample.column("image").combine_chunks()
         plots.append(("bytes of a picture", np.array([len(value.as_py() or b"") for value in lengths], dtype=float)))
-        shown = rng.permutation(sample.num_rows)
-        figures = [figure for figure in (thumbnails[row] for row in shown) if figure is not None][: config.pictures]
+        figures = contact_sheet(sample, texts, rng.permutation(sample.num_rows).tolist(), config.pictures)
     if "caption" in sample.column_names:
-        texts = [text or "" for text in sample.column("caption").to_pylist()]
         plots += [
             ("characters of a caption", np.array([len(text) for text in texts], dtype=float)),
             ("words of a caption", np.array([len(text.split()) for text in texts], dtype=float)),
@@ -215,6 +269,11 @@ def _distributions(page: HtmlPage, sample: pa.Table, config: InspectConfig, rng:
     if figures:
         page.heading("A random contact sheet")
         page.pictures(figures)
+    if problems:
+        page.heading("Not fit for training")
+        counts = Counter(reason for _, reason, _ in problems)
+        page.note(f"Of the sample: {', '.join(f'{rows:,} {reason}' for reason, rows in sorted(counts.items()))}.")
+        page.table(problems[:_PROBLEMS], ("id", "reason", "detail"))
 
 
 def _rejected(page: HtmlPage, quarantine: Quarantine) -> None:
@@ -241,15 +300,25 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _shares(total: int, count: int) -> npt.NDArray[np.int64]:
-    """`total` in `count` whole parts that differ by one at most."""
-    return total // count + (np.arange(count) < total % count).astype(np.int64)
+def _shares(total: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many of each, `total` together: as evenly as the sizes allow."""
+    total = min(total, int(sizes.sum()))
+    level = bisect_left(range(int(sizes.max()) + 1), total, key=lambda most: int(np.minimum(sizes, most).sum()))
+    shares = np.minimum(sizes, level)
+    shares[np.flatnonzero(shares == level)[: shares.sum() - total]] -= 1
+    return shares
+
+
+def _type(manifest: Manifest, column: str) -> pa.DataType:
+    return manifest.schema.field(column).type
 
 
 def _vectors(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """(N, D), NaN where there is none."""
     array = column.combine_chunks()
-    values = array.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    vectors: npt.NDArray[np.float64] = values.reshape(len(array), -1)
+    vectors = np.full((len(array), array.type.list_size), np.nan)
+    values = array.flatten().to_numpy(zero_copy_only=False)  # of those that there are
+    vectors[array.is_valid().to_numpy(zero_copy_only=False)] = values.reshape(-1, array.type.list_size)
     return vectors
 
 

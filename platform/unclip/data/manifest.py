@@ -6,6 +6,8 @@ shards there are. Of other folders every footer is read.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,12 +74,12 @@ class Manifest:
         return tuple(self.schema.names)
 
 
-def scan(uri: str, columns: Sequence[str] = ()) -> Manifest:
+def scan(uri: str, columns: Sequence[str] = (), *, may_be_empty: bool = False) -> Manifest:
     """Finds the records of the `*.parquet` files directly under `uri` (local or object store).
 
     Raises `DataError` where the folder is missing, unfinished, or holds no Parquet file; a file is no readable Parquet or
     not the one that `manifest.json` lists; one of `columns` is missing or changes its type between files whose footers
-    are read; or there are no rows.
+    are read; or there are no rows. With `may_be_empty` a finished folder of our jobs may have no file and no rows.
     """
     uri = storage.absolute(uri)
     sizes = _sizes(uri)
@@ -89,13 +91,13 @@ def scan(uri: str, columns: Sequence[str] = ()) -> Manifest:
             f"data folder {uri!r} is unfinished: it has {unfinished[0]}/ but no {FACTS_FILE}; run the job that writes it "
             "again, which goes on where it ended"
         )
-    if not files:
-        raise DataError(f"data folder {uri!r} holds no *.parquet file")
     shards = facts.pop("shards", None)
+    if not files and (shards is None or not may_be_empty):
+        raise DataError(f"data folder {uri!r} holds no *.parquet file")
     schema, fragments = (
         _from_footers(uri, files, columns) if shards is None else _from_shards(uri, shards, sizes, columns)
     )
-    if not fragments:
+    if not fragments and not may_be_empty:
         raise DataError(f"data folder {uri!r}: its {len(files)} Parquet files hold no rows")
     return Manifest(uri, fragments, schema, facts)
 
@@ -103,6 +105,25 @@ def scan(uri: str, columns: Sequence[str] = ()) -> Manifest:
 def read_slices(manifest: Manifest, slices: Iterable[Slice], columns: Sequence[str]) -> pa.Table:
     """The rows of `slices` one after the other, only `columns`; as `SliceReader.read`."""
     return SliceReader([manifest], columns).read([slices])
+
+
+def records_identity(manifest: Manifest, *, in_place: bool = False) -> str:
+    """A hash that changes when the records do, and not when they are copied: of what can be told without reading them.
+
+    That is the names and sizes of the files and the rows of their row groups, and where the folder's manifest has one the
+    hash of their content. So of other people's folders it misses what is replaced by exactly as many rows and bytes;
+    `in_place` adds the files' times of change (object stores: entity tags), which tell that, but not copies from changes.
+    """
+    fs, folder = storage.filesystem(manifest.uri)
+    fs.invalidate_cache()
+    entries = {posixpath.basename(str(entry["name"])): entry for entry in fs.ls(folder, detail=True)}
+    content = manifest.facts.get("records_sha256")
+    files = []
+    for name, fragments in groupby(manifest.fragments, key=lambda fragment: fragment.file):
+        entry = entries[name]
+        version = str(entry.get("ETag") or entry.get("mtime")) if in_place and content is None else None
+        files.append((name, entry["size"], version, [fragment.rows for fragment in fragments]))
+    return hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()
 
 
 def check_same_types(manifests: Sequence[Manifest], columns: Sequence[str]) -> None:
@@ -190,7 +211,9 @@ class _FolderRun:
                 _check_columns(path, file.schema_arrow, manifest.schema, columns)
                 for fragment in wanted:
                     _, index, rows = manifest.fragments[fragment]
-                    group = file.read_row_group(index, columns=columns).select(columns)
+                    table = file.read_row_group(index, columns=columns)
+                    # Without what only some files say, as `not null`: what is joined agrees in types, no more.
+                    group = pa.table([table.column(column) for column in columns], names=columns)
                     if group.num_rows != rows:
                         raise DataError(f"{path!r}: row group {index} has {group.num_rows} rows, expected {rows}")
                     groups.append(group)
@@ -224,18 +247,25 @@ def _facts(uri: str) -> dict[str, Any]:
 
 def _from_footers(uri: str, files: Sequence[str], columns: Sequence[str]) -> tuple[pa.Schema, tuple[Fragment, ...]]:
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(files))) as threads:
-        footers = list(threads.map(lambda name: _read_footer(uri, name), files))
-    schemas = [footer.schema.to_arrow_schema() for footer in footers]
-    for name, schema in zip(files, schemas, strict=True):
-        _check_columns(posixpath.join(uri, name), schema, schemas[0], columns)
-    shared = set.intersection(*(set(schema.names) for schema in schemas))
+        found = list(threads.map(lambda name: _columns_and_rows(uri, name), files))
+    first = found[0][0]
+    for name, (schema, _) in zip(files, found, strict=True):
+        _check_columns(posixpath.join(uri, name), schema, first, columns)
+    shared = set.intersection(*(set(schema.names) for schema, _ in found))
     fragments = tuple(
-        Fragment(name, group, footer.row_group(group).num_rows)
-        for name, footer in zip(files, footers, strict=True)
-        for group in range(footer.num_row_groups)
-        if footer.row_group(group).num_rows > 0
+        Fragment(name, group, rows)
+        for name, (_, sizes) in zip(files, found, strict=True)
+        for group, rows in enumerate(sizes)
+        if rows > 0
     )
-    return pa.schema([column for column in schemas[0] if column.name in shared]), fragments
+    return pa.schema([column for column in first if column.name in shared]), fragments
+
+
+def _columns_and_rows(uri: str, name: str) -> tuple[pa.Schema, list[int]]:
+    """Of one file, and the rows of each row group; its footer, a fifth of a megabyte in memory, is not kept."""
+    footer = _read_footer(uri, name)
+    rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    return footer.schema.to_arrow_schema().remove_metadata(), rows
 
 
 def _from_shards(
@@ -251,10 +281,12 @@ def _from_shards(
     unlisted = [name for name in sizes if name.endswith(".parquet") and name not in listed]
     if unlisted:
         raise DataError(f"{posixpath.join(uri, unlisted[0])!r} is not among the shards that {path!r} lists")
-    first = min(listed, default="")
-    schema = _read_footer(uri, first).schema.to_arrow_schema() if first else pa.schema([])
+    if not listed:
+        return pa.schema([]), ()
+    first = min(listed)
+    schema = _read_footer(uri, first).schema.to_arrow_schema().remove_metadata()
     _check_columns(posixpath.join(uri, first), schema, schema, columns)
-    return schema.remove_metadata(), fragments
+    return schema, fragments
 
 
 def _shard_fragments(uri: str, shards: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> Iterator[Fragment]:

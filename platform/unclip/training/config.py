@@ -87,6 +87,8 @@ class TrainConfig(Config):
     Needed where embeddings are made in the stream; else taken from the embedded data set."""
     clip_fingerprint: str | None = None
     """Identity of that CLIP; filled in when the run is prepared, so that a run cannot go on with another one."""
+    data_identity: tuple[str, ...] = ()
+    """Hashes of each source's records; filled in when the run is prepared, so that a run cannot go on with others."""
     data: TrainDataConfig
     objective: ObjectiveConfig = Field(discriminator="kind")
     optimizer: OptimizerConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unclip.utils import storage
 _PACKAGES = ("torch", "deepspeed", "ray", "open_clip_torch", "pyarrow", "numpy", "unclip")
 _MAY_CHANGE = {
     "bundle": True,
+    "data_identity": True,  # has a check, and a sentence, of its own
     "resources": True,
     "zero": True,
     "loop": {"max_steps", "microbatch_size", "time_limit_s", "log_every", "checkpoint_every_s", "keep_checkpoints"},
@@ -40,6 +42,7 @@ class RunFolder:
             stored = storage.read_json(stored_uri)
             differences = _differences(stored, config.to_dict(), _MAY_CHANGE, "")
             differences.sort(key=lambda text: text.split(" ", 1)[0].count("."))  # what a run is called comes first
+            differences += _other_records(stored, config)
             if differences:
                 more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
                 raise ConfigError(
@@ -106,6 +109,16 @@ def _differences(stored: Any, asked: Any, may_change: Any, path: str) -> list[st
             found += _differences(stored.get(key), asked.get(key), free or {}, f"{path}.{key}" if path else key)
         return found
     return [f"{path} was {_short(stored)}, is now {_short(asked)}"]
+
+
+def _other_records(stored: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """The folders whose records are not those that the run began with."""
+    before, now = stored.get("data_identity", []), config.data_identity
+    return [
+        f"data_identity: the records in {field} = {path!r} have changed since the run began"
+        for (field, path), was, is_now in zip(config.data.paths.items(), before, now, strict=False)
+        if was != is_now
+    ]
 
 
 def _short(value: Any) -> str:

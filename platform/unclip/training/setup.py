@@ -11,7 +11,7 @@ import numpy as np
 from unclip.config.base import ConfigError
 from unclip.data.batches import BatchSpec
 from unclip.data.labels import check_labels, distinct_labels
-from unclip.data.manifest import DataError, Manifest, check_same_types, scan
+from unclip.data.manifest import DataError, Manifest, check_same_types, records_identity, scan
 from unclip.data.order import RunOrder, batch_shares
 from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.bundle import ClipReference, check_clip
@@ -76,6 +76,7 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
         if not columns:
             spec = BatchSpec.from_dict(spec.to_dict() | identity["inputs"])
     order = _order(config, manifests)
+    config = config.merged({"data_identity": [records_identity(manifest) for manifest in manifests]})
     RunFolder(config.run).check(config)
     if config.bundle is not None:
         _check_bundle(config)

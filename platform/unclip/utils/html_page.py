@@ -82,8 +82,11 @@ def histogram_svg(title: str, values: npt.NDArray[np.float64], bins: int = 30) -
     lost = len(values) - len(finite)
     if not len(finite):
         return f"<figure><figcaption>{escape(title)}: no values</figcaption></figure>"
-    low, high = np.percentile(finite, [0.5, 99.5])
-    counts, edges = np.histogram(np.clip(finite, low, high), bins, range=(low, high) if high > low else None)
+    low, median, high = (float(value) for value in np.percentile(finite, [0.5, 50, 99.5]))
+    finite = np.clip(finite, low, high)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all the same: one bar, between zero and twice the value
+        low, high = sorted((0.0, low + high or 1.0))
+    counts, edges = np.histogram(finite, bins, range=(low, high))
     step, top = _WIDTH / bins, _HEIGHT - _BOTTOM
     heights = top * counts / counts.max()
     bars = "".join(
@@ -91,9 +94,7 @@ def histogram_svg(title: str, values: npt.NDArray[np.float64], bins: int = 30) -
         f"<title>{_number(edges[index])} to {_number(edges[index + 1])}: {counts[index]:,}</title></rect>"
         for index, height in enumerate(heights)
     )
-    facts = f"median {_number(float(np.median(finite)))}, {len(finite):,} values" + (
-        f", {lost:,} without a number" if lost else ""
-    )
+    facts = f"median {_number(median)}, {len(finite):,} values" + (f", {lost:,} without a number" if lost else "")
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT + 18}" viewBox="0 -18 {_WIDTH} {_HEIGHT + 18}" role="img">'
         f'<text x="0" y="-6">{escape(title)}</text>{bars}<line x1="0" x2="{_WIDTH}" y1="{top}" y2="{top}"/>'

@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 
+_PROBE = ".unclip-"
 PART_LINES = 256
 """Lines in a part of a file that grows on an object store."""
 
@@ -39,6 +40,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
         fs = connection()
         return fs, fs._strip_protocol(uri)
+    if is_local(uri):
+        return fsspec.filesystem("file"), uri  # as it is: `::` in a name chains file systems elsewhere
     fs, path = fsspec.core.url_to_fs(uri)
     return fs, path
 
@@ -46,6 +49,12 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def join(uri: str, *parts: str) -> str:
     """`uri/part/…`, also for object-store addresses."""
     return posixpath.join(uri, *parts)
+
+
+def lies_in(uri: str, folder: str) -> bool:
+    """Whether `uri` is the folder or something under it; links on local disk are followed."""
+    inner, outer = (os.path.realpath(absolute(path)) if is_local(path) else absolute(path) for path in (uri, folder))
+    return f"{inner}/".startswith(outer.rstrip("/") + "/")
 
 
 def exists(uri: str) -> bool:
@@ -192,9 +201,14 @@ def local_target(uri: str) -> Iterator[Path]:
 
 def check_writable(uri: str) -> None:
     """Raises `OSError` naming `uri` where a file cannot be made and deleted under it."""
-    probe = join(uri, f".unclip-{uuid.uuid4().hex}")
+    probe = join(uri, f"{_PROBE}{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"")
         remove(probe)
     except (OSError, ValueError) as error:
         raise OSError(f"{uri!r} cannot be written: {error}") from error
+
+
+def is_probe(name: str) -> bool:
+    """Whether a file of that name was left by a `check_writable` that was killed."""
+    return name.startswith(_PROBE)

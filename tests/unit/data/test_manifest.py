@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unclip.data.manifest import DataError, Fragment, SliceReader, check_same_types, read_slices, scan
+from unclip.data.manifest import (
+    DataError,
+    Fragment,
+    SliceReader,
+    check_same_types,
+    read_slices,
+    records_identity,
+    scan,
+)
 
 
 def write(path: Path, ids: list[int], row_group_size: int = 4, id_type: str = "int64") -> None:
@@ -173,6 +183,49 @@ def test_folders_of_other_types_are_not_mixed(folder: Path, tmp_path: Path) -> N
         check_same_types(manifests, ("id",))
 
 
+def test_folders_that_differ_in_what_may_be_null_are_mixed(folder: Path, tmp_path: Path) -> None:
+    strict = pa.schema([pa.field("id", pa.int64(), nullable=False), pa.field("caption", pa.string(), nullable=False)])
+    (tmp_path / "second").mkdir()
+    pq.write_table(pa.table([[100, 101], ["a", "b"]], schema=strict), tmp_path / "second" / "a.parquet")
+    manifests = [scan(str(folder)), scan(str(tmp_path / "second"))]
+    check_same_types(manifests, ("id", "caption"))
+    table = SliceReader(manifests, ("id", "caption")).read([[(0, 0, 1)], [(0, 0, 2)]])
+    assert table.to_pydict() == {"id": [0, 100, 101], "caption": ["picture 0", "a", "b"]}
+
+
+def test_records_are_known_by_names_sizes_and_rows_wherever_they_are(folder: Path, tmp_path: Path) -> None:
+    first = records_identity(scan(str(folder)))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    assert records_identity(scan(str(copy))) == first
+    in_place = [records_identity(scan(str(place)), in_place=True) for place in (folder, folder, copy)]
+    assert in_place[0] == in_place[1] != in_place[2]
+    (copy / "part-00001.parquet").rename(copy / "part-00002.parquet")
+    renamed = records_identity(scan(str(copy)))
+    write(copy / "part-00003.parquet", [1])
+    added = records_identity(scan(str(copy)))
+    (copy / "part-00003.parquet").unlink()
+    write(copy / "part-00000.parquet", list(range(10)), row_group_size=5)
+    assert len({first, renamed, added, records_identity(scan(str(copy)))}) == 4
+
+
+def test_records_are_known_by_the_hash_of_their_content(listed: Path) -> None:
+    first = records_identity(scan(str(listed)))
+    facts = json.loads((listed / "manifest.json").read_text())
+    (listed / "manifest.json").write_text(json.dumps(facts | {"clip_fingerprint": "other"}))
+    assert records_identity(scan(str(listed))) == first
+    (listed / "manifest.json").write_text(json.dumps(facts | {"records_sha256": "abc"}))
+    assert records_identity(scan(str(listed))) != first
+
+
+def test_footers_are_kept_without_what_others_wrote_into_them(tmp_path: Path) -> None:
+    table = pa.table({"id": [1]}).replace_schema_metadata({"pandas": "x" * 1000})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert scan(str(tmp_path)).schema.metadata is None
+
+
 def test_slices_are_read_in_their_order(folder: Path) -> None:
     manifest = scan(str(folder))
     table = read_slices(manifest, [(4, 0, 2), (1, 1, 3), (0, 0, 1)], columns=("id", "caption"))
@@ -238,3 +291,14 @@ def test_column_that_changes_its_type(folder: Path) -> None:
     write(folder / "part-00002.parquet", [1], id_type="string")
     with pytest.raises(DataError, match=r"part-00002\.parquet': column 'id' is string, in the first file int64"):
         scan(str(folder), columns=("id",))
+
+
+def test_a_finished_folder_may_be_allowed_to_be_empty(tmp_path: Path) -> None:
+    relist(tmp_path, [])
+    with pytest.raises(DataError, match=r"holds no \*\.parquet file"):
+        scan(str(tmp_path), ("id",))
+    manifest = scan(str(tmp_path), ("id",), may_be_empty=True)
+    assert (manifest.rows, manifest.facts) == (0, {"clip_fingerprint": "abc"})
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"holds no \*\.parquet file"):
+        scan(str(tmp_path), may_be_empty=True)

@@ -421,6 +421,21 @@ def test_what_a_continued_run_may_and_may_not_change(place: Place) -> None:
         assert field in str(caught.value)
 
 
+def test_a_continued_run_refuses_other_records_and_takes_a_copy_of_its_own(place: Place) -> None:
+    folder = place.root / "records"
+    shutil.copytree(place.records, folder)
+    (folder / "manifest.json").unlink()  # which lists the shards: a folder of somebody else's
+    asked = place.config("upsampler_256", data={"path": str(folder)})
+    first = prepare_run(asked).config
+    RunFolder(first.run).open(first)
+    shutil.move(folder, place.root / "moved")
+    shutil.copytree(place.root / "moved", folder, copy_function=shutil.copyfile)
+    assert prepare_run(asked).config == first
+    shutil.copyfile(next(folder.glob("*.parquet")), folder / "zz-more.parquet")
+    with pytest.raises(ConfigError, match=rf"data_identity: the records in data\.path = '{folder}' have changed"):
+        prepare_run(asked)
+
+
 @pytest.mark.parametrize("field", ["run", "bundle"])
 def test_outputs_that_cannot_be_written(place: Place, field: str) -> None:
     (place.root / "file").write_text("in the way")

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 
 from unclip.utils.html_page import HtmlPage, histogram_svg
 
@@ -47,6 +48,15 @@ def test_pictures_are_inside_the_file_and_nothing_is_loaded() -> None:
         b"\x00\xffpicture"
     ]
     assert "http" not in page.html()
+
+
+@pytest.mark.parametrize(("value", "edges"), [(0.07, ["0", "0.14"]), (0.0, ["0", "1"]), (-2.0, ["-4", "0"])])
+def test_values_that_are_all_the_same_are_one_bar_that_does_not_change_their_sign(
+    value: float, edges: list[str]
+) -> None:
+    svg = histogram_svg("megapixels", np.full(5, value))
+    assert [svg.count(f">{edge}</text>") for edge in edges] == [1, 1]
+    assert re.findall(r": ([1-9]\d*)</title>", svg) == ["5"]
 
 
 def test_a_histogram_has_a_bar_for_each_bin_and_says_what_it_left_out() -> None:

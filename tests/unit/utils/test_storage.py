@@ -76,6 +76,32 @@ def test_unwritable_places_are_named(tmp_path) -> None:
         storage.check_writable(str(blocked / "under"))
 
 
+def test_what_a_killed_check_leaves_is_known_as_such(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "remove", lambda uri: None)
+    storage.check_writable(str(tmp_path))
+    (left,) = storage.names(str(tmp_path))
+    assert storage.is_probe(left)
+    assert not storage.is_probe("data-00000.parquet")
+
+
+def test_colons_in_names_mean_nothing(tmp_path) -> None:
+    storage.write_bytes(f"{tmp_path}/a::b/c::d.png", b"x")
+    assert storage.names(str(tmp_path)) == ["a::b"]
+    assert storage.read_bytes(f"file://{tmp_path}/a::b/c::d.png") == b"x"
+
+
+def test_what_lies_in_a_folder(tmp_path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for uri, folder in (("a", "a"), ("a/b", "a"), ("a/b/c", "a/"), ("link/b", "a"), ("a/../a/b", "a"), ("a", "")):
+        assert storage.lies_in(f"{tmp_path}/{uri}", f"{tmp_path}/{folder}")
+    for uri, folder in (("ab", "a"), ("a", "a/b"), ("a/../b", "a")):
+        assert not storage.lies_in(f"{tmp_path}/{uri}", f"{tmp_path}/{folder}")
+    assert storage.lies_in(f"file://{tmp_path}/a", "/")
+    assert storage.lies_in("s3://bucket/in/out", "s3://bucket/in/")
+    assert not storage.lies_in("s3://bucket/in", "s3://bucket/i")
+    assert not storage.lies_in("s3://bucket/in", f"{tmp_path}")
+
+
 def test_relative_paths_become_absolute_and_addresses_stay(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs/x") == os.path.join(os.getcwd(), "runs/x")

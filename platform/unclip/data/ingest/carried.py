@@ -26,18 +26,10 @@ def carried_names(names: Sequence[str], taken: Sequence[str]) -> list[str]:
 
 
 def check_text(column: pa.ChunkedArray, name: str) -> dict[int, Refusal]:
-    """Rows whose text is not UTF-8: Arrow takes over what a file says is text without looking.
-
-    Raises `DataError` where such text is inside another value, a list or a dictionary.
-    """
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid as error:
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise DataError(f"column {name!r}: {error}") from error
-        values = column.cast(pa.large_binary()).to_pylist()
-        return {row: _not_utf8(name) for row, value in enumerate(values) if value is not None and not _is_utf8(value)}
-    return {}
+    """Rows with text, also inside lists and structs, that is not UTF-8: Arrow takes it over from a file without looking."""
+    if _is_valid(column):
+        return {}
+    return {row: _not_utf8(name) for row in range(len(column)) if not _is_valid(column.take([row]))}
 
 
 def uniform_embeddings(
@@ -81,9 +73,9 @@ def _not_utf8(name: str) -> Refusal:
     return Refusal("invalid_utf8", f"column {name!r} holds text that is not UTF-8")
 
 
-def _is_utf8(value: bytes) -> bool:
+def _is_valid(column: pa.ChunkedArray) -> bool:
     try:
-        value.decode("utf-8")
-    except UnicodeDecodeError:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
         return False
     return True

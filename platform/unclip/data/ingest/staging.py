@@ -7,7 +7,7 @@ duplicates and cutting shards need) and `rejected/`; each only where it has rows
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unclip.config.base import ConfigError
 from unclip.data.ingest.duplicates import HASHES
 from unclip.data.ingest.records import REJECTED_SCHEMA, RecordPolicy, judge
 from unclip.data.ingest.shards import Piece, ShardPolicy, cut, row_bytes, write_if_any
@@ -35,18 +36,25 @@ def staged_file(out: str, kind: str, part: int) -> str:
     return storage.join(out, WORK_FOLDER, kind, f"{part:08d}.parquet")
 
 
-def record_schema(schemas: list[pa.Schema], policy: RecordPolicy) -> pa.Schema:
-    """Columns of the records of several sources with these RAW schemas: what a source lacks is null.
+def record_schema(sources: Iterable[tuple[str, pa.Schema]], policy: RecordPolicy) -> pa.Schema:
+    """Columns of the records of several sources, each with its address and RAW schema: what a source lacks is null.
 
-    Raises `ConfigError` where the policy does not fit a source, `DataError` where sources have a column of one name with
-    different types.
+    Raises `ConfigError` naming a source that the policy does not fit, `DataError` where sources have a column of one name
+    with different types.
     """
-    none = np.zeros(0, np.int64)
-    kept = [judge(schema.empty_table(), none, "", "", policy)[0].schema.remove_metadata() for schema in schemas]
+    kept = [_kept_schema(uri, schema, policy) for uri, schema in sources]
     try:
         return pa.unify_schemas(kept)
     except pa.ArrowException as error:
         raise DataError(f"the sources do not go together: {error}") from None
+
+
+def _kept_schema(uri: str, schema: pa.Schema, policy: RecordPolicy) -> pa.Schema:
+    try:
+        kept, _ = judge(schema.empty_table(), np.zeros(0, np.int64), "", "", policy)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"source {uri!r}: {error}") from None
+    return kept.schema.remove_metadata()
 
 
 class PartStager:

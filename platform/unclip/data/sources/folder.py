@@ -161,11 +161,10 @@ def _add_texts(pictures: dict[str, Entry], texts: dict[str, SourceFile]) -> Iter
 
 def _with_caption(row: Row, caption: object, key: str) -> Row:
     if caption is not None and not isinstance(caption, str):
-        return replace(row, reason="bad_row", detail=f"{key}: the caption is no text")
+        return replace(row, reason="bad_row", detail=printable(f"{key}: the caption is no text"))
     if caption is not None and not is_utf8(caption):
-        return replace(
-            row, caption=printable(caption), reason="invalid_utf8", detail=f"{key}: the caption is not UTF-8"
-        )
+        detail = printable(f"{key}: the caption is not UTF-8")
+        return replace(row, caption=printable(caption), reason="invalid_utf8", detail=detail)
     return replace(row, caption=caption)
 
 

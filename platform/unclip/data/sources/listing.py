@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unclip.data.manifest import DataError
+from unclip.data.sources.base import is_utf8
 from unclip.utils import storage
 
 
@@ -30,16 +31,16 @@ def find_shards(uri: str, suffixes: Collection[str]) -> tuple[SourceFile, ...]:
     """The files that `uri` means, sorted by name: itself, those a glob matches, or those directly in a folder.
 
     Of a folder or glob only files count that end in one of `suffixes` and do not start with `.` or `_`.
-    Raises `DataError` where there is none.
+    Raises `DataError` where there is none, or where a name is not UTF-8, as the names of parts have to be.
     """
     fs, path = storage.filesystem(uri)
-    if "*" in path or "?" in path or "[" in path:
+    if fs.isfile(path):  # first of all, and folders next: names may be `set [v2]`, as no glob
+        return tuple(_files(fs, posixpath.dirname(path), [fs.info(path)]))
+    if fs.isdir(path):
+        folder, found = path, fs.ls(path, detail=True)
+    elif "*" in path or "?" in path or "[" in path:
         folder = path[: min(path.index(mark) for mark in "*?[" if mark in path)].rpartition("/")[0]
         found = fs.glob(path, detail=True).values()
-    elif fs.isfile(path):
-        return tuple(_files(fs, posixpath.dirname(path), [fs.info(path)]))
-    elif fs.isdir(path):
-        folder, found = path, fs.ls(path, detail=True)
     else:
         raise DataError(f"source {uri!r} does not exist")
     shards = tuple(
@@ -49,6 +50,9 @@ def find_shards(uri: str, suffixes: Collection[str]) -> tuple[SourceFile, ...]:
     )
     if not shards:
         raise DataError(f"source {uri!r} holds no file that ends in {' or '.join(suffixes)}")
+    for shard in shards:
+        if not is_utf8(shard.name):
+            raise DataError(f"source {uri!r}: the name {shard.name!r} is not UTF-8; rename it")
     return shards
 
 
@@ -57,7 +61,13 @@ def find_tree(uri: str) -> tuple[SourceFile, ...]:
     fs, path = storage.filesystem(uri)
     if not fs.isdir(path):
         raise DataError(f"source folder {uri!r} does not exist")
-    files = _files(fs, path, fs.find(path, detail=True).values())
+    found = fs.find(path, detail=True).values()
+    for entry in found:
+        if entry["type"] != "file" and not fs.isfile(entry["name"]):
+            raise DataError(
+                f"{entry['name']!r} is neither file nor folder, but perhaps a link to a folder: take it away"
+            )
+    files = _files(fs, path, found)
     visible = tuple(file for file in files if not any(part.startswith(".") for part in file.name.split("/")))
     if not visible:
         raise DataError(f"source folder {uri!r} holds no files")
@@ -68,6 +78,6 @@ def _files(fs: Any, folder: str, found: Iterable[Mapping[str, Any]]) -> list[Sou
     files = (
         SourceFile(posixpath.relpath(entry["name"], folder), fs.unstrip_protocol(entry["name"]), int(entry["size"]))
         for entry in found
-        if entry["type"] == "file"
+        if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"]))
     )
     return sorted(files, key=lambda file: file.name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain
 from typing import Literal
 
 import pyarrow as pa
@@ -53,6 +55,7 @@ class RowGroup(Part):
 
     Args:
         first_row: its first row's number in the file.
+        rows: how many it has, by the footer.
         carried: the columns that the source carries along, with the types of its first file.
         size: bytes of the file, which tell when it has changed in place.
         problem: why the file cannot be read; it is one part then, with one row.
@@ -61,9 +64,14 @@ class RowGroup(Part):
     uri: str
     row_group: int
     first_row: int
+    rows: int
     carried: pa.Schema
     size: int
     problem: str | None = None
+
+    def key(self, row: int) -> str:
+        """FILE:ROW of one of its rows, counted from its first."""
+        return f"{self.name.rpartition('#')[0]}:{self.first_row + row}"
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,9 @@ class ParquetSource:
 
     def parts(self) -> tuple[RowGroup, ...]:
         files = self._files()
+        carried = pa.schema(list(self.schema())[len(RAW_SCHEMA) :])
         with ThreadPoolExecutor(min(_FOOTER_THREADS, len(files))) as threads:
-            opened = list(threads.map(_open_footer, files))
-        carried = pa.schema(list(self._schema(self._first(opened)))[len(RAW_SCHEMA) :])
-        parts = tuple(part for file in opened for part in _parts_of(file, carried))
+            parts = tuple(chain.from_iterable(threads.map(partial(_parts_of, carried=carried), files)))
         if not parts:
             raise DataError(f"source {self._config.uri!r}: its {len(files)} Parquet files hold no rows")
         return parts
@@ -107,22 +114,23 @@ class ParquetSource:
         if part.problem is not None:
             yield from to_tables([Row(part.name, reason="unreadable_shard", detail=part.problem)], schema)
             return
-        rows = 0
+        rows, problem = 0, "there are no more"
         with StorageFile(part.uri) as file:
             batches = self._batches(file, part)
-            while True:
+            while rows < part.rows:
                 try:
                     batch = next(batches, None)
                 except _BROKEN as error:
                     if file.failed:
                         raise
-                    detail = f"row group {part.row_group} breaks after {rows} rows: {error}"
-                    yield from to_tables([Row(part.name, reason="unreadable_shard", detail=detail)], schema)
-                    return
+                    batch, problem = None, str(error)
                 if batch is None:
-                    return
+                    break
                 yield self._table(batch, part, rows, schema)
                 rows += batch.num_rows
+        detail = f"row group {part.row_group} breaks after {rows} rows: {problem}"
+        unread = (Row(part.key(row), reason="unreadable_shard", detail=detail) for row in range(rows, part.rows))
+        yield from to_tables(unread, schema)
 
     def _files(self) -> tuple[SourceFile, ...]:
         return find_shards(self._config.uri, (".parquet",))
@@ -151,9 +159,13 @@ class ParquetSource:
             raise DataError(
                 f"{first.file.uri!r}: column {clash[0]!r} cannot be carried; name those that shall be in `columns`"
             )
-        for name, check in ((config.image_column, _is_picture), (config.caption_column, _is_text)):
+        for name, check, wanted in (
+            (config.image_column, _is_picture, "pictures are binary"),
+            (config.caption_column, _is_text, "captions are text"),
+            (config.key_column, _is_text, "keys are text"),
+        ):
             if name is not None and not check(schema.field(name).type):
-                raise DataError(f"{first.file.uri!r}: column {name!r} is {schema.field(name).type}")
+                raise DataError(f"{first.file.uri!r}: column {name!r} is {schema.field(name).type}; {wanted}")
         carried = pa.schema([pa.field(name, _plain(schema.field(name).type)) for name in names])
         if config.id_column is not None and (
             config.id_column not in names or carried.field(config.id_column).type != pa.int64()
@@ -173,7 +185,6 @@ class ParquetSource:
 
     def _table(self, batch: pa.RecordBatch, part: RowGroup, rows_before: int, schema: pa.Schema) -> pa.Table:
         drift: list[str] = []
-        numbers = range(part.first_row + rows_before, part.first_row + rows_before + batch.num_rows)
         file_name = part.name.rpartition("#")[0]
         keys = _texts(batch, self._config.key_column, drift)[0]
         images, paths = _pictures(batch, self._config.image_column, drift)
@@ -187,7 +198,7 @@ class ParquetSource:
             for row, image in enumerate(images)
         ]  # fmt: skip
         own = [
-            pa.array([key or f"{file_name}:{number}" for key, number in zip(keys.to_pylist(), numbers, strict=True)]),
+            pa.array([key or part.key(row) for row, key in enumerate(keys.to_pylist(), rows_before)], pa.string()),
             images,
             captions,
             pa.array([reason for reason, _ in problems], pa.string()),
@@ -204,20 +215,23 @@ def _open_footer(file: SourceFile) -> _File | _BrokenFile:
         except _BROKEN as error:
             if stream.failed:
                 raise
-            return _BrokenFile(file, f"{file.name!r} is not readable Parquet: {error}")
+            return _BrokenFile(
+                file, f"{file.name!r} is not readable Parquet, and how many rows it has is unknown: {error}"
+            )
 
 
-def _parts_of(opened: _File | _BrokenFile, carried: pa.Schema) -> Iterator[RowGroup]:
-    file = opened.file
+def _parts_of(file: SourceFile, carried: pa.Schema) -> list[RowGroup]:
+    """Of one file; its footer, a fifth of a megabyte in memory, is not kept."""
+    opened = _open_footer(file)
     if isinstance(opened, _BrokenFile):
-        yield RowGroup(f"{file.name}#0", file.uri, 0, 0, carried, file.size, opened.problem)
-        return
-    first_row = 0
-    for group in range(opened.footer.num_row_groups):
-        rows = opened.footer.row_group(group).num_rows
-        if rows > 0:
-            yield RowGroup(f"{file.name}#{group}", file.uri, group, first_row, carried, file.size)
-        first_row += rows
+        return [RowGroup(f"{file.name}#0", file.uri, 0, 0, 1, carried, file.size, opened.problem)]
+    sizes = [opened.footer.row_group(group).num_rows for group in range(opened.footer.num_row_groups)]
+    first_rows = accumulate(sizes, initial=0)
+    return [
+        RowGroup(f"{file.name}#{group}", file.uri, group, first_row, rows, carried, file.size)
+        for group, (rows, first_row) in enumerate(zip(sizes, first_rows, strict=False))
+        if rows > 0
+    ]
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

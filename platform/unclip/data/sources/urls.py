@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,13 +15,13 @@ from unclip.data.manifest import DataError
 from unclip.data.sources.base import FieldSettings, Part, Row, is_utf8, printable, to_json, to_tables
 from unclip.data.sources.fetch import Downloader, FetchFailed, FetchPolicy
 from unclip.data.sources.listing import SourceFile, find_shards
-from unclip.data.sources.lists import LIST_SUFFIXES, Record, count_records, read_records
+from unclip.data.sources.lists import LIST_SUFFIXES, Record, divide, read_records
 
 
 class UrlSourceConfig(FieldSettings):
     """Lists: `.parquet`, `.jsonl`, `.csv`, `.tsv` with a header, or `.txt` with an address a line.
 
-    Text lists are read from their start for each part, so keep them below some million rows, or use Parquet.
+    Lists are read once at the start, to count their rows; a part then reads its own rows, of Parquet the row group.
     """
 
     kind: Literal["urls"] = "urls"
@@ -43,17 +43,22 @@ class ListRows(Part):
     """Some rows of a list.
 
     Args:
+        offset: byte at which the first begins; of Parquet 0.
         problem: why the list cannot be read; it is one part then, with one row.
     """
 
     file: SourceFile
     start: int
     stop: int
+    offset: int = 0
     problem: str | None = None
 
 
 class UrlSource:
-    """A part is a fixed number of rows of a list. Rows come in the order of the list, whichever is fetched first."""
+    """A part is some rows of a list, of Parquet whole row groups or rows of one.
+
+    Rows come in the order of the list, whichever is fetched first.
+    """
 
     def __init__(self, config: UrlSourceConfig) -> None:
         self._config = config
@@ -67,7 +72,7 @@ class UrlSource:
         readable = [part for part in parts if part.problem is None]
         if not readable:
             raise DataError(f"source {self._config.uri!r} holds no rows" + (f": {parts[0].problem}" if parts else ""))
-        self._check_columns(readable[0])
+        self._check_columns(readable)
         return parts
 
     def read(self, part: ListRows) -> Iterator[pa.Table]:
@@ -75,20 +80,24 @@ class UrlSource:
 
     def _parts_of(self, file: SourceFile) -> Iterator[ListRows]:
         try:
-            rows = count_records(file.uri)
+            stretches = divide(file.uri, self._config.rows_per_part)
         except DataError as error:
-            yield ListRows(f"{file.name}#0", file, 0, 1, str(error))
+            yield ListRows(f"{file.name}#0", file, 0, 1, problem=f"{error}; how many rows it has is unknown")
             return
-        step = self._config.rows_per_part
-        for start in range(0, rows, step):
-            yield ListRows(f"{file.name}#{start}", file, start, min(rows, start + step))
+        for start, stop, offset in stretches:
+            yield ListRows(f"{file.name}#{start}", file, start, stop, offset)
 
-    def _check_columns(self, part: ListRows) -> None:
-        """Raises `DataError` where the first record of the source lacks the fields that were asked for."""
-        for record in read_records(part.file.uri, 0, 1):
+    def _check_columns(self, parts: Iterable[ListRows]) -> None:
+        """Raises `DataError` where the first record that can be read lacks the fields that were asked for."""
+        for part in parts:
+            try:
+                record = next(read_records(part.file.uri, part.start, part.start + 1, part.offset))
+            except DataError:
+                continue
             for name in (self._config.url_column, self._config.caption_column):
                 if record.problem is None and name is not None and name not in record.values:
                     raise DataError(f"{part.file.uri!r} has no field {name!r}; it has {', '.join(record.values)}")
+            return
 
     def _rows(self, part: ListRows) -> Iterator[Row]:
         if part.problem is not None:
@@ -105,12 +114,14 @@ class UrlSource:
 
     def _requests(self, part: ListRows) -> Iterator[tuple[Row, str | None]]:
         """The rows without pictures, and the addresses of those that may go on."""
-        records = read_records(part.file.uri, part.start, part.stop)
+        records = read_records(part.file.uri, part.start, part.stop, part.offset)
         for number in range(part.start, part.stop):
             try:
                 record = next(records, None)
             except DataError as error:
-                yield Row(part.name, reason="unreadable_shard", detail=f"row {number}: {error}"), None
+                detail = f"breaks before row {number}: {error}"
+                for lost in range(number, part.stop):
+                    yield Row(f"{part.file.name}:{lost}", reason="unreadable_shard", detail=detail), None
                 return
             if record is None:
                 raise DataError(f"{part.file.uri!r} ends before row {number}: it has changed since it was listed")

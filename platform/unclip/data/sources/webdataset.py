@@ -102,7 +102,9 @@ class WebDatasetSource:
                 raise
             reason = "truncated_shard" if isinstance(error, EOFError) else "unreadable_shard"
             reason = error.reason if isinstance(error, BrokenArchive) else reason
-            yield Row(part.name, reason=reason, detail=f"{error}; {rows} rows of it are whole")
+            yield Row(
+                part.name, reason=reason, detail=f"{error}; {rows} rows before are whole, what follows is unknown"
+            )
 
     def _samples(self, file: StorageFile) -> Iterator[_Sample]:
         """The rows of the archive. One that the archive breaks off in or after may be incomplete: it is not among them."""

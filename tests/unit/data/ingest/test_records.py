@@ -158,6 +158,18 @@ def test_text_that_is_not_utf8_is_named() -> None:
     assert rejected["caption"].to_pylist() == ["caf\ufffd", None]
 
 
+def test_text_inside_other_values_that_is_not_utf8() -> None:
+    bad = pa.Array.from_buffers(pa.string(), 4, pa.array([b"ok", b"caf\xe9", b"fine", b"good"], pa.binary()).buffers())
+    tags = pa.ListArray.from_arrays([0, 1, 3, 4], bad)
+    kept, rejected = run(raw([{}] * 3, tags=tags))
+    assert kept["tags"].to_pylist() == [["ok"], ["good"]]
+    assert reasons(rejected) == {17: "invalid_utf8"}
+    kept, rejected = run(raw([{}] * 4, info=pa.StructArray.from_arrays([bad], ["lang"])))
+    assert kept["info"].to_pylist() == [{"lang": text} for text in ("ok", "fine", "good")]
+    assert reasons(rejected) == {17: "invalid_utf8"}
+    assert "'info'" in rejected["detail"][0].as_py()
+
+
 def test_thumbnails_are_for_the_first_of_each_reason() -> None:
     rows = [{"caption": None}, {"reason": "fetch_failed"}, {"caption": None}, {"caption": None}]
     _, rejected = run(raw(rows), thumbnails=2)

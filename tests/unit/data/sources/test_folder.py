@@ -125,6 +125,28 @@ def test_parts_are_fixed_numbers_of_rows(tmp_path: Path) -> None:
 def test_name_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a\udcff.jpg").write_bytes(b"x")
     assert [(row["key"], row["image"]) for row in read(tmp_path).values()] == [("a\\udcff.jpg", b"x")]
+    fill(tmp_path, {"b\udcff/captions.jsonl": '{"file_name": "c.jpg", "caption": 5}', "b\udcff/c.jpg": b"y"})
+    assert read(tmp_path)["b\\udcff/c.jpg"]["detail"] == "b\\udcff/captions.jsonl:0: the caption is no text"
+
+
+def test_links_to_files_are_followed_and_those_to_folders_refused(tmp_path: Path) -> None:
+    fill(tmp_path, {"elsewhere/1.jpg": b"one", "elsewhere/1.txt": "a caption", "in/2.jpg": b"two"})
+    for name in ("1.jpg", "1.txt"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere" / name)
+    rows = read(tmp_path / "in")
+    assert [(key, row["image"], row["caption"]) for key, row in rows.items()] == [
+        ("1.jpg", b"one", "a caption"),
+        ("2.jpg", b"two", None),
+    ]
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"in/more' is neither file nor folder"):
+        read(tmp_path / "in")
+
+
+def test_names_with_colons_and_brackets(tmp_path: Path) -> None:
+    names = ["a::b.png", "c [v2].png", "what?.png"]
+    rows = read(fill(tmp_path / "set [v2]", {name: name for name in names}))
+    assert {key: row["image"].decode() for key, row in rows.items()} == {name: name for name in names}
 
 
 def test_object_store(tmp_path: Path) -> None:

@@ -184,21 +184,31 @@ def test_file_that_is_no_parquet_is_one_row(folder: Path, content: bytes) -> Non
     assert [row for row in rows if row["reason"] is None] == expected
 
 
-def test_damaged_pages_end_their_row_group_alone(tmp_path: Path) -> None:
-    content = {"image": [b"%06d" % n * 2000 for n in range(8)], "caption": [str(n) for n in range(8)]}
+def damaged(path: Path, row_group: int, page_from: int) -> None:
+    """600 rows, 300 a row group, of whose second page from byte `page_from` of the pictures nothing can be read."""
+    content = {"image": [b"%06d" % n for n in range(600)], "caption": [str(n) for n in range(600)]}
     pq.write_table(
-        pa.table(content), tmp_path / "a.parquet", row_group_size=4, use_dictionary=False, write_page_checksum=False
+        pa.table(content), path, row_group_size=300, use_dictionary=False, data_page_size=300, compression="none"
     )
-    path = tmp_path / "a.parquet"
     raw = bytearray(path.read_bytes())
-    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    start = pq.read_metadata(path).row_group(row_group).column(0).data_page_offset + page_from
     raw[start : start + 64] = b"\xff" * 64
     path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("page_from", [0, 290 * 10], ids=["first page", "last pages"])
+def test_damaged_pages_end_their_row_group_alone(tmp_path: Path, page_from: int) -> None:
+    """Every row that is not read is one bad row, with the name it would have had."""
+    damaged(tmp_path / "a.parquet", 1, page_from)
     rows = read(tmp_path)
-    assert [row["reason"] for row in rows] == ["unreadable_shard", None, None, None, None]
-    assert rows[0]["key"] == "a.parquet#0"
-    assert "after 0 rows" in rows[0]["detail"]
-    assert [row["caption"] for row in rows[1:]] == ["4", "5", "6", "7"]
+    assert [row["key"] for row in rows] == [f"a.parquet:{number}" for number in range(600)]
+    read_rows = [row for row in rows if row["reason"] is None]
+    assert len(read_rows) == (300 if page_from == 0 else 556)
+    assert rows[: len(read_rows)] == read_rows
+    assert [row["image"] for row in read_rows] == [b"%06d" % n for n in range(len(read_rows))]
+    unread = rows[len(read_rows) :]
+    assert {row["reason"] for row in unread} == {"unreadable_shard"}
+    assert {f"breaks after {len(read_rows) - 300} rows" in row["detail"] for row in unread} == {True}
 
 
 def check(uri: Path, **settings: Any) -> None:
@@ -216,6 +226,9 @@ def test_what_the_first_file_lacks_is_said_at_the_start(folder: Path) -> None:
         check(folder, image_column="caption", caption_column=None, columns=())
     with pytest.raises(DataError, match="id_column 'score' is no int64 column"):
         check(folder, id_column="score")
+    write(folder / "a.parquet", columns(0, 1, number=[1]))
+    with pytest.raises(DataError, match="column 'number' is int64; keys are text"):
+        check(folder, key_column="number")
     write(folder / "a.parquet", columns(0, 1, reason=["r"]))
     with pytest.raises(DataError, match="column 'reason' cannot be carried"):
         check(folder)

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from unclip.config.base import Config, ConfigError
+from unclip.data.manifest import DataError
 from unclip.data.sources import (
     FolderSourceConfig,
     ParquetSourceConfig,
+    Source,
     SourceConfig,
     UrlSourceConfig,
     WebDatasetSourceConfig,
@@ -48,7 +50,7 @@ def write(kind: str, path: Path, caption: str) -> None:
             member.size = len(caption)
             archive.addfile(member, io.BytesIO(caption.encode()))
     else:
-        path.write_text(f"http://nowhere/{caption}")
+        path.write_text(f"ftp://nowhere/{caption}")
 
 
 @pytest.mark.parametrize(
@@ -56,14 +58,32 @@ def write(kind: str, path: Path, caption: str) -> None:
 )
 def test_a_file_changed_in_place_is_another_part_of_the_same_name(kind: str, name: str, tmp_path: Path) -> None:
     """What is made of a source is told by its parts."""
-    job = Job.from_dict({"sources": [{"kind": kind, "uri": str(tmp_path)} | NO_CAPTIONS.get(kind, {})]})
-    source = job.sources[0].build()
+    source = source_of(kind, tmp_path)
     found = []
     for caption in ("one", "one", "a caption " * 2000):
         write(kind, tmp_path / name, caption)
         found.append(source.parts())
     assert found[0] == found[1] != found[2]
     assert [part.name for part in found[0]] == [part.name for part in found[2]]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("parquet", "a.parquet"), ("webdataset", "a.tar"), ("urls", "a.txt")])
+def test_links_brackets_and_names_that_are_no_text(kind: str, name: str, tmp_path: Path) -> None:
+    write(kind, tmp_path / name, "one")
+    folder = tmp_path / "set [v2]"
+    folder.mkdir()
+    (folder / name).symlink_to(tmp_path / name)
+    for uri in (folder, folder / name, tmp_path / "set*" / name):
+        source = source_of(kind, uri)
+        assert sum(table.num_rows for part in source.parts() for table in source.read(part)) == 1
+    (folder / f"b\udcff{name}").write_bytes((tmp_path / name).read_bytes())
+    with pytest.raises(DataError, match=r"the name 'b\\udcff.* is not UTF-8"):
+        source_of(kind, folder).parts()
+
+
+def source_of(kind: str, uri: Path) -> Source:
+    job = Job.from_dict({"sources": [{"kind": kind, "uri": str(uri)} | NO_CAPTIONS.get(kind, {})]})
+    return job.sources[0].build()
 
 
 def test_unknown_kinds_and_fields_are_named() -> None:

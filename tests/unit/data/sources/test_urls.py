@@ -301,6 +301,33 @@ def test_bad_rows_have_their_reasons(server: Server, tmp_path: Path) -> None:
     assert all((row["image"] is None) == (row["reason"] is not None) for row in rows)
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.large_string())], ids=str
+)
+def test_text_of_every_type_that_is_not_utf8(server: Server, tmp_path: Path, kind: pa.DataType) -> None:
+    stored = kind.value_type if pa.types.is_dictionary(kind) else kind
+    raw = pa.array([b"fine", b"caf\xe9"], pa.large_binary() if pa.types.is_large_string(stored) else pa.binary())
+    text = pa.Array.from_buffers(stored, 2, raw.buffers())
+    if pa.types.is_dictionary(kind):
+        text = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), text)
+    pq.write_table(pa.table({"url": [server.url("ok/1")] * 2, "caption": text}), tmp_path / "a.parquet")
+    rows = read(tmp_path)
+    assert [(row["caption"], row["reason"]) for row in rows] == [("fine", None), ("caf\\udce9", "invalid_utf8")]
+
+
+def test_each_row_of_a_list_that_breaks_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"url": [f"ftp://none/{n}" for n in range(12)]}
+    pq.write_table(pa.table(columns), path, row_group_size=6, use_dictionary=False, compression="none")
+    raw = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    raw[start : start + 30] = b"\xff" * 30
+    path.write_bytes(raw)
+    rows = read(path, caption_column=None, rows_per_part=4)
+    assert [row["key"] for row in rows] == [f"a.parquet:{number}" for number in range(12)]
+    assert [row["reason"] for row in rows] == ["unreadable_shard"] * 6 + ["fetch_failed"] * 6
+
+
 def test_a_reader_that_stops_early_leaves_nothing_running(server: Server, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join([server.url("slow/0.05")] * 600))
     policy = FetchPolicy(allow_private_addresses=True, per_host=32)
