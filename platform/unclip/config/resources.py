@@ -26,7 +26,7 @@ class ResourcesConfig(Config):
     threads_per_worker: int = Field(default=0, ge=0)
     """Threads of a worker's tensor operations; 0 shares a node's cores evenly among its workers."""
     data_cpus: int = Field(default=1, ge=1)
-    """CPUs of the data stream: so many tasks decode at once, beside the workers."""
+    """CPUs of the data stream: so many processes decode at once, beside the workers."""
     clip_actors: int = Field(default=1, ge=1)
     """Frozen CLIPs that work at once where embeddings are made in the stream."""
     clip_gpus: float = Field(default=0.0, ge=0)
