@@ -138,13 +138,28 @@ class GeluLinear(nn.Linear):
 
 
 def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T D^-1/2): (H, L, D) and (H, S, D) -> (H, L, S)."""
+    """softmax(q k^T D^-1/2): (B, H, L, D) and (B, H, S, D) -> (B, H, L, S)."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return (scores if mask is None else scores.masked_fill_(~mask, -math.inf)).softmax(dim=-1)
 
 
-def _of_row(mask: torch.Tensor | None, row: int) -> torch.Tensor | None:
-    return None if mask is None else mask[min(row, mask.shape[0] - 1)]
+_WEIGHTS_AT_ONCE = 1 << 22
+"""Weights that are in memory together, 8 MiB of them, unless one sample has more: samples of few positions go together."""
+
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> list[_Part]:
+    """As many samples at a time as `_WEIGHTS_AT_ONCE` allows."""
+    _, heads, length, _ = query.shape
+    rows = max(1, _WEIGHTS_AT_ONCE // (heads * length * key.shape[2]))
+    tensors = [tensor.split(rows) for tensor in (query, key, value)]
+    masks = [mask] * len(tensors[0]) if mask is None or mask.shape[0] == 1 else list(mask.split(rows))
+    return list(zip(*tensors, masks, strict=True))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -155,27 +170,26 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        rows = range(query.shape[0])
-        return torch.stack([_weights(query[r], key[r], _of_row(mask, r)) @ value[r] for r in rows])
+        return _joined([_weights(q, k, m) @ v for q, k, v, m in _parts(query, key, value, mask)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
+        parts = _parts(*ctx.saved_tensors)
+        scale = ctx.saved_tensors[0].shape[-1] ** -0.5
         gradients: list[tuple[torch.Tensor, ...]] = []
-        for row, upstream in enumerate(gradient):
-            weights = _weights(query[row], key[row], _of_row(mask, row))
+        for (query, key, value, mask), upstream in zip(parts, gradient.split(len(parts[0][0])), strict=True):
+            weights = _weights(query, key, mask)
             dvalue = weights.transpose(-2, -1) @ upstream
-            dweights = upstream @ value[row].transpose(-2, -1)
+            dweights = upstream @ value.transpose(-2, -1)
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            gradients.append((dscores @ key[row] * scale, dscores.transpose(-2, -1) @ query[row] * scale, dvalue))
-        return *(torch.stack(parts) for parts in zip(*gradients, strict=True)), None
+            gradients.append((dscores @ key * scale, dscores.transpose(-2, -1) @ query * scale, dvalue))
+        return *(_joined(list(each)) for each in zip(*gradients, strict=True)), None
 
 
 def recomputing_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """As `unclip.models.layers.attention`, by matrix products, a sample at a time; keeps no weights for the gradient."""
+    """As `unclip.models.layers.attention`, by matrix products, few samples at a time; keeps no weights for the gradient."""
     result: torch.Tensor = _Attention.apply(query, key, value, mask)
     return result

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from unclip.models import fused
 from unclip.models.fused import GeluLinear, Resample, SiluConv2d, recomputing_attention, resampled
 
 
@@ -45,14 +46,24 @@ def test_linear_layer_of_gelu_passes_gradcheck() -> None:
     )
 
 
+@pytest.mark.parametrize("at_once", [1, 1000])
 @pytest.mark.parametrize("mask_rows", [0, 1, 2])
-def test_attention_passes_gradcheck(mask_rows: int) -> None:
+def test_attention_passes_gradcheck(mask_rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample after the other, and both together."""
+    monkeypatch.setattr(fused, "_WEIGHTS_AT_ONCE", at_once)
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, length, 4, dtype=torch.double, requires_grad=True) for length in (5, 7, 7)]
     mask = (torch.rand(mask_rows, 1, 5, 7) < 0.7) | (torch.arange(7) == 0) if mask_rows else None
     expected = functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
     torch.testing.assert_close(recomputing_attention(*inputs, mask), expected)
     assert torch.autograd.gradcheck(lambda *tensors: recomputing_attention(*tensors, mask), tuple(inputs))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_doubling_repeats_the_nearest(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 6, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    torch.testing.assert_close(resampled(x, "up"), functional.interpolate(x, scale_factor=2, mode="nearest"))
+    assert torch.autograd.gradcheck(lambda x: resampled(x, "up"), x)
 
 
 def _kept(run: Callable[[], torch.Tensor]) -> set[int]:
@@ -83,10 +94,10 @@ def test_under_autocast_as_the_plain_layers(layer: nn.Module) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8, 8, 8)
     results = []
-    for fused in (True, False):
+    for is_fused in (True, False):
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            if fused:
+            if is_fused:
                 output = layer(given)
             elif isinstance(layer, nn.Conv2d):
                 output = functional.conv2d(functional.silu(given), layer.weight, layer.bias, padding=1)
