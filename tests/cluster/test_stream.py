@@ -118,10 +118,14 @@ def test_many_steps_in_a_unit_and_many_tasks(records: str, monkeypatch: pytest.M
 
 
 def test_units_begin_small_and_grow_to_what_is_allowed(records: str) -> None:
-    """A chunk is three steps: one step at first, never more than went before, then the chunk."""
-    plan = make_plan(records, workers=1, stop_position=8 * BATCH)
+    """A chunk is three steps: one step at first, never more than a sixteenth of what went before, then the chunk."""
+    plan = make_plan(records, workers=1, stop_position=60 * BATCH)
     units = stream.build_dataset(plan).iter_batches(batch_size=1, batch_format="numpy")
-    assert [unit["position"].shape[1] // BATCH for unit in units] == [1, 1, 1, 3, 2]
+    steps = [unit["position"].shape[1] // BATCH for unit in units]
+    before = np.cumsum([0, *steps[:-1]])
+    assert all(now <= max(1, gone // 16) for now, gone in zip(steps, before, strict=True))
+    assert steps[-4:] == [3, 3, 3, 3]
+    assert sum(steps) == 60
 
 
 def test_a_unit_is_bounded_in_rows_and_in_bytes(records: str) -> None:

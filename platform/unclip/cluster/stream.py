@@ -32,7 +32,7 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from unclip.data.batches import Batch, BatchSpec, make_batch
+from unclip.data.batches import Batch, BatchSpec, make_batch, warm_up
 from unclip.data.embedding import MICROBATCH, ClipEmbedStage
 from unclip.data.manifest import DataError, Manifest, SliceReader
 from unclip.data.order import Chunk, RunOrder
@@ -55,7 +55,7 @@ STEPS_AHEAD = 2
 """Steps that a worker has ready, as tensors."""
 CHUNKS_PER_TASK = 64
 """Chunks that a reading task goes through: bounds both the number of tasks of a long run and what a lost one repeats."""
-UNITS_AHEAD = 4
+UNITS_AHEAD = 2
 """Units that wait for each worker between two operators."""
 _CLIP_CPUS = 0.99
 """Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
@@ -270,14 +270,15 @@ def _records(reader: SliceReader, order: RunOrder, index: int) -> tuple[Chunk, p
 def _units(chunk: Chunk, plan: StreamPlan, most_steps: int) -> Iterator[np.ndarray[Any, Any]]:
     """Row numbers of each unit of a chunk: worker 0's, worker 1's, … of a few steps, then those of the next few.
 
-    Units hold at most `most_steps`, and at first no more than went before them, so that training starts at once.
+    Units hold at most `most_steps`, and at first no more than a sixteenth of the steps before them: training starts at once,
+    and what is decoded ahead stays little beside what a short run trains on.
     """
     start = max(plan.start_position - chunk.first_position, 0)
     last = min(plan.stop_position - chunk.first_position, chunk.rows)
     batch = plan.order.global_batch_size
     while start < last:
         gone = (chunk.first_position + start - plan.start_position) // batch
-        stop = min(start + batch * max(1, min(most_steps, gone)), last)
+        stop = min(start + batch * max(1, min(most_steps, gone // 16)), last)
         steps = np.arange(start, stop).reshape(-1, plan.num_workers, plan.rank_batch_size)
         for rank in range(plan.num_workers):
             yield steps[:, rank].reshape(-1)
@@ -303,6 +304,7 @@ class DecodeActor:
         self.spec = spec
         self.seed = seed
         self.folders = folders
+        warm_up(spec)
 
     def __call__(self, units: pa.Table) -> Iterator[Batch]:
         for index in range(units.num_rows):

@@ -115,6 +115,12 @@ def make_batch(table: pa.Table, positions: npt.NDArray[np.int64], spec: BatchSpe
     return batch
 
 
+def warm_up(spec: BatchSpec) -> None:
+    """Imports and reads what `make_batch` needs for `spec`, which takes seconds, before the first records are there."""
+    if spec.has_captions:
+        _tokens([""], spec)
+
+
 def _tokens(texts: list[str], spec: BatchSpec) -> Batch:
     wanted = {
         "tokens": (spec.tokenizer, spec.context_length),
