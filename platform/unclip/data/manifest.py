@@ -110,20 +110,24 @@ def read_slices(manifest: Manifest, slices: Iterable[Slice], columns: Sequence[s
 def records_identity(manifest: Manifest, *, in_place: bool = False) -> str:
     """A hash that changes when the records do, and not when they are copied: of what can be told without reading them.
 
-    That is the names and sizes of the files and the rows of their row groups, and where the folder's manifest has one the
-    hash of their content. So of other people's folders it misses what is replaced by exactly as many rows and bytes;
+    That is the hash of their content, where the folder's manifest has one, else the names and sizes of the files; and the
+    rows of their row groups. So of other people's folders it misses what is replaced by exactly as many rows and bytes;
     `in_place` adds the files' times of change (object stores: entity tags), which tell that, but not copies from changes.
     """
+    content = manifest.facts.get("records_sha256") or _versions(manifest, in_place=in_place)
+    rows = [[name, [part.rows for part in parts]] for name, parts in groupby(manifest.fragments, key=lambda f: f.file)]
+    return hashlib.sha256(json.dumps([content, rows]).encode()).hexdigest()
+
+
+def _versions(manifest: Manifest, *, in_place: bool) -> list[tuple[str, int, str | None]]:
+    """Name and size of each file with rows, and with `in_place` what changes whenever it is written."""
     fs, folder = storage.filesystem(manifest.uri)
-    fs.invalidate_cache()
     entries = {posixpath.basename(str(entry["name"])): entry for entry in fs.ls(folder, detail=True)}
-    content = manifest.facts.get("records_sha256")
-    files = []
-    for name, fragments in groupby(manifest.fragments, key=lambda fragment: fragment.file):
-        entry = entries[name]
-        version = str(entry.get("ETag") or entry.get("mtime")) if in_place and content is None else None
-        files.append((name, entry["size"], version, [fragment.rows for fragment in fragments]))
-    return hashlib.sha256(json.dumps([content, files]).encode()).hexdigest()
+    files = ((file, entries[file]) for file in dict.fromkeys(fragment.file for fragment in manifest.fragments))
+    return [
+        (file, entry["size"], str(entry.get("ETag") or entry.get("mtime")) if in_place else None)
+        for file, entry in files
+    ]
 
 
 def check_same_types(manifests: Sequence[Manifest], columns: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.objectives import build
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +21,6 @@ from unclip.models.prior import PriorCondition
 from unclip.pipelines.stages import ARPriorStageConfig
 from unclip.pipelines.stages.ar_prior import draw_codes
 from unclip.recipes.ar_prior import paper
-from unclip.training.objectives import Objective
 from unclip.training.objectives.ar_prior import ARPriorObjectiveConfig
 from unclip.utils.random import SampleGenerator
 
@@ -55,16 +55,6 @@ def basis(tmp_path: Path) -> str:
 def objective_config(pca: str, **changes: Any) -> ARPriorObjectiveConfig:
     model = {"embed_dim": D, "num_components": K, "num_buckets": 16, **SHAPE}
     return ARPriorObjectiveConfig(stage=ARPriorStageConfig.from_dict({"model": model}), pca=pca, **changes)
-
-
-def build(config: ARPriorObjectiveConfig) -> Objective:
-    """With weights that are nowhere zero, so that every input counts."""
-    torch.manual_seed(0)
-    objective = config.build()
-    with torch.no_grad():
-        for parameter in objective.model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return objective
 
 
 class Recorded(nn.Module):
