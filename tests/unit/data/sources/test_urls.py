@@ -30,15 +30,10 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[self.path] += 1
             self.server.times.append(time.monotonic())
-            self.server.active += 1
-            self.server.most_active = max(self.server.most_active, self.server.active)
         try:
             getattr(self, f"answer_{kind}")(rest, self.server.asked[self.path])
         except (BrokenPipeError, ConnectionResetError):
             pass
-        finally:
-            with self.server.lock:
-                self.server.active -= 1
 
     def reply(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -52,8 +47,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, rest.encode())
 
     def answer_slow(self, rest: str, count: int) -> None:
-        """The earlier in a list, the later it is answered."""
+        """The earlier in a list, the later it is answered.
+
+        A request counts as active up to its answer: a client that has the answer may ask again at once.
+        """
+        with self.server.lock:
+            self.server.active += 1
+            self.server.most_active = max(self.server.most_active, self.server.active)
         time.sleep(float(rest))
+        with self.server.lock:
+            self.server.active -= 1
         self.reply(200, rest.encode())
 
     def answer_status(self, rest: str, count: int) -> None:
