@@ -6,7 +6,7 @@ PEER ?= /tmp/d2p
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test bench format pins clean
+.PHONY: demo test chaos bench format pins clean
 
 demo: STARTED := $(shell date +%s)
 demo: $(VENV)/.installed-demo
@@ -19,6 +19,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# Whole runs on clusters of several nodes that lose nodes, disks and stores; docs/faults.md has what came of it.
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/chaos
 
 # Ours and the peers', on a machine that does nothing else; benchmarks/README.md says how to make dalle2-pytorch's environment.
 bench: $(VENV)/.installed-dev

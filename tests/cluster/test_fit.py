@@ -1,15 +1,11 @@
-"""Whole runs through Ray Data, Ray Train and DeepSpeed, on real drawings: the chain, one worker and two, a killed worker."""
+"""Whole runs through Ray Data, Ray Train and DeepSpeed, on real drawings: the chain, one worker and two."""
 
 from __future__ import annotations
 
-import json
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from unclip.cluster.embed import EmbedConfig, run_embed
@@ -96,46 +92,6 @@ def test_embeddings_made_in_the_stream_equal_those_in_columns(chain: Path, openm
         fit(config)
         curves.append(losses(config))
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
-
-
-def test_a_killed_worker_leaves_no_trace_in_the_curve(chain: Path, openmoji: str) -> None:
-    def config(name: str) -> TrainConfig:
-        return debug(
-            "upsampler_256",
-            chain,
-            f"{openmoji}/256/train",
-            run=f"{chain}/{name}",
-            bundle=None,
-            loop={"max_steps": 40},
-        )
-
-    killed = threading.Event()
-    killer = threading.Thread(target=_kill_worker_after, args=(RunFolder(config("killed").run), 5, killed), daemon=True)
-    killer.start()
-    summary = fit(config("killed"))
-    assert killed.is_set()
-    assert summary["step"] == 40
-    (data,) = summary["data"]  # 40 steps of 4 of the 48 drawings: three whole epochs and the first third of another
-    assert (data["rows"], data["left_out"], data["whole_epochs"], data["untrained"]) == (48, 0, 3, 32)
-    fit(config("straight"))
-    np.testing.assert_array_equal(losses(config("killed")), losses(config("straight")))
-
-
-def _kill_worker_after(run: RunFolder, step: int, killed: threading.Event) -> None:
-    """kill -9 for the training worker as soon as the run has logged `step`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            done = json.loads(Path(run.progress_uri).read_text())["step"]
-        except (FileNotFoundError, json.JSONDecodeError):
-            done = 0
-        if done >= step:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
-                    process.kill()
-                    killed.set()
-                    return
-        time.sleep(0.05)
 
 
 def test_too_many_workers_are_refused_before_anything_is_there(chain: Path, openmoji: str) -> None:

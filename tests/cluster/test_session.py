@@ -42,3 +42,9 @@ def test_workers_import_our_package_and_pythons_own_platform() -> None:
     assert Path(standard_library).name == "platform.py"
     assert system == "Linux"
     assert first_on_path == str(Path(sys.executable).parent)
+
+
+def test_no_job_hides_a_module_of_pythons_own() -> None:
+    """Ray puts the folder of the driver's script on the path of every worker, before the standard library."""
+    jobs = {path.stem for path in (Path(__file__).parents[2] / "jobs").glob("*.py")}
+    assert not jobs & sys.stdlib_module_names

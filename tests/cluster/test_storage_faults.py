@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
-import psutil
 import torch
 from tests.support import faults
+from tests.support.cluster import kill_a_worker, once, step_of
 from tests.support.s3 import ObjectStore
 
 from unclip.cluster.fit import fit
@@ -35,13 +32,12 @@ def test_a_run_killed_on_a_failing_store_goes_on_to_what_the_straight_one_comes_
         return RECIPES["clip"]["debug"]().merged(changes | data | {"loop": {"max_steps": 5}})
 
     fit(config("straight"))
-    killed = threading.Event()
-    killer = threading.Thread(target=_kill_worker_after, args=(RunFolder(config("failing").run), 2, killed))
-    with disturbed_store.proxy.faults(seed=3, kinds=KINDS, rate=0.2) as plan:
-        killer.start()
+    run = RunFolder(config("failing").run)
+    with (
+        disturbed_store.proxy.faults(seed=3, kinds=KINDS, rate=0.2) as plan,
+        once(lambda: step_of(run) >= 2, kill_a_worker),
+    ):
         assert fit(config("failing"))["step"] == 5
-        killer.join()
-    assert killed.is_set()
     assert set(plan.injected) == set(KINDS)
     straight, failing = RunFolder(config("straight").run), RunFolder(config("failing").run)
     assert [record["loss"] for record in failing.metrics()] == [record["loss"] for record in straight.metrics()]
@@ -53,15 +49,3 @@ def test_a_run_killed_on_a_failing_store_goes_on_to_what_the_straight_one_comes_
         for name in ("straight", "failing")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def _kill_worker_after(run: RunFolder, step: int, killed: threading.Event) -> None:
-    """kill -9 for the training worker as soon as the run has logged `step`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not killed.is_set():
-        if storage.exists(run.progress_uri) and storage.read_json(run.progress_uri)["step"] >= step:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() + " ".join(process.cmdline()):
-                    process.kill()
-                    killed.set()
-        time.sleep(0.1)

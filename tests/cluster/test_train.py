@@ -16,11 +16,14 @@ import torch
 from torch import distributed
 
 from unclip.cluster import stream
+from unclip.cluster.group import Group
+from unclip.cluster.restarts import Restarts
 from unclip.cluster.train import run_workers
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import BatchSpec
 from unclip.data.manifest import scan
 from unclip.data.order import RunOrder
+from unclip.training.run_folder import RunFolder
 
 BATCH, STEPS, KILLED_AT = 12, 12, 7
 
@@ -52,22 +55,32 @@ def make_run(records: str, folder: Path) -> Any:
                 distributed.barrier()  # nobody reads the old state any more
                 if rank == 0:
                     state_file.write_text(json.dumps(now))
-        return {**now, "started_at": started_at, "rank": rank, "threads": torch.get_num_threads()}
+        return {**now, "stopped": None, "started_at": started_at, "rank": rank, "threads": torch.get_num_threads()}
 
     return worker, lambda: stream.build_dataset(plan())
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_state(records: str, tmp_path: Path) -> None:
     worker, dataset = make_run(records, tmp_path)
-    answer = run_workers(
-        worker,
-        stream_factory=dataset,
-        resources=ResourcesConfig(num_workers=2, threads_per_worker=3, max_failures=1),
-        use_gpu=False,
-        name="killed",
-        storage_path=str(tmp_path / "ray"),
-    )
+    run = RunFolder(str(tmp_path / "run"))
+    restarts = Restarts(run, "decoder", max_failures=1)
+
+    def run_group() -> dict[str, Any]:
+        group = Group()
+        restarts.begin(2)
+        return run_workers(
+            worker,
+            stream_factory=dataset,
+            resources=ResourcesConfig(num_workers=2, threads_per_worker=3),
+            use_gpu=False,
+            group=group,
+        )
+
+    answer = restarts.until_finished(run_group)
     assert (tmp_path / "killed").exists()
+    (line,) = run.lines(run.restarts_uri)
+    assert (line["kind"], line["world_size"], line["step"]) == ("failure", 2, 0)
+    assert "worker" in line["reason"]
     assert answer["rank"] == 0
     assert answer["started_at"] == KILLED_AT // 3 * 3
     assert answer["threads"] == 3
@@ -94,6 +107,5 @@ def test_an_error_in_a_worker_reaches_the_driver(records: str, tmp_path: Path) -
             stream_factory=dataset,
             resources=ResourcesConfig(max_failures=0),
             use_gpu=False,
-            name="failed",
-            storage_path=str(tmp_path / "ray"),
+            group=Group(),
         )

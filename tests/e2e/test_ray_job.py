@@ -16,7 +16,11 @@ import venv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
+from tests.support.cluster import once, step_of
+
+from unclip.training.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -79,10 +83,35 @@ def test_a_stage_is_trained_by_a_submitted_job(
     assert (tmp_path / "bundle/clip/model.safetensors").exists()
 
 
+def test_the_same_job_goes_on_after_its_driver_was_killed(
+    bare_python: Path, cluster: Mapping[str, str], openmoji: str, tmp_path: Path
+) -> None:
+    run, steps = tmp_path / "clip", 300
+    settings = [f"run={run}", "bundle=null", f"data.path={openmoji}/64/train"]
+    settings += [f"loop.max_steps={steps}", "loop.log_every=1", "loop.checkpoint_every_s=1"]
+    job = ["python", "jobs/train_clip.py", "--recipe", "debug", *(a for s in settings for a in ("--set", s))]
+    with once(lambda: step_of(RunFolder(str(run))) >= 20, lambda: _kill(f"run={run}")):
+        assert _submit(bare_python, cluster, job).returncode != 0
+    assert not (run / "summary.json").exists()
+    done = _submit(bare_python, cluster, job)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert json.loads((run / "summary.json").read_text())["step"] == steps
+    records = RunFolder(str(run)).metrics()
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+
+
 def test_paths_that_would_be_lost_with_the_job_are_refused(bare_python: Path, cluster: Mapping[str, str]) -> None:
     done = _submit(bare_python, cluster, ["python", "jobs/train_clip.py", "--recipe", "debug"])
     assert done.returncode != 0
     assert "absolute path" in done.stdout + done.stderr
+
+
+def _kill(setting: str) -> None:
+    """kill -9 of the driver that was given this setting."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if command[1:2] == ["jobs/train_clip.py"] and setting in command:
+            process.kill()
 
 
 def _clean_environment(python: Path) -> dict[str, str]:

@@ -1,27 +1,40 @@
-"""One training run from its configuration to its stage in the bundle: checks, claims, trains, exports."""
+"""One training run from its configuration to its stage in the bundle: checks, claims, trains through failures, exports."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray.data
-import ray.train
 import torch
 
 from unclip.cluster import preflight, session, stream
-from unclip.cluster.progress import ProgressWatcher
+from unclip.cluster.group import Group
+from unclip.cluster.lease import Lease
+from unclip.cluster.preflight import NOTHING, Node
+from unclip.cluster.prometheus import PrometheusView
+from unclip.cluster.restarts import Restarts
+from unclip.cluster.room import wait_for_room
+from unclip.cluster.signals import ClusterSignals
 from unclip.cluster.train import run_workers
+from unclip.cluster.validate import Validator
 from unclip.config.base import ConfigError
 from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish
+from unclip.training.reporting.reporter import Reporter
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, check_outputs, prepare_run
 from unclip.utils import storage
 from unclip.utils.memory import keep_freed_memory
+
+COLLECTIVE_MARGIN_S = 60.0
+"""Between the watchdog, which says who waits for what, and the end that the collective operations put to themselves."""
 
 
 def check(config: TrainConfig) -> PreparedRun:
@@ -30,26 +43,26 @@ def check(config: TrainConfig) -> PreparedRun:
     Raises `ConfigError`, `DataError`, `BundleError`, `PreflightError` or `OSError`, each naming what to change.
     """
     prepared = _prepare(config)
-    preflight.check_without_claiming(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
+    preflight.check_without_claiming(config.resources, **_least(prepared))
     return prepared
 
 
 def fit(config: TrainConfig) -> dict[str, Any]:
     """Trains, or goes on with, the run that `config` describes and exports its stage; returns the run's summary.
 
-    A run that is finished is not trained again. Raises what `check` raises, and `ray.train` errors where workers died
-    more often than `resources.max_failures` allows.
+    A run that is finished is not trained again. Workers that die, nodes that go and come are met by new groups of workers
+    from the newest checkpoint on: `cluster.restarts` has the rules.
+    Raises what `check` raises, and `RunFailed` where a group ended in a way that no further one would mend.
     """
     prepared = _prepare(config)
     config, run = prepared.config, RunFolder(prepared.config.run)
     summary = run.summary()
     if summary is None or not _is_finished(summary, config):
-        with session.session():
-            preflight.check_resources(config.resources, clip_in_stream=_clip_pool(prepared) is not None)
+        if not session.joins_cluster():  # this machine will not grow; a cluster may
+            preflight.check_resources(config.resources, **_least(prepared), nodes=preflight.local_nodes())
+        with Lease(run) as lease, session.session():
             run.open(config)
-            summary = _train(prepared, run)
-            summary["data"] = prepared.data_report(summary["samples_seen"])
-        run.finish(summary)
+            return _train(prepared, run, lease)
     if config.bundle is not None:
         publish(config)
     return summary
@@ -62,37 +75,97 @@ def _prepare(config: TrainConfig) -> PreparedRun:
     return prepared
 
 
-def _train(prepared: PreparedRun, run: RunFolder) -> dict[str, Any]:
+def _least(prepared: PreparedRun) -> dict[str, Any]:
+    """The least that a run can do with, as `preflight.check_resources` takes it."""
+    return {
+        "workers": prepared.config.worker_counts[-1],
+        "clip_in_stream": _clip_pool(prepared) is not None,
+        "validation": _validation_node(prepared.config),
+    }
+
+
+def _validation_node(config: TrainConfig) -> Node:
+    return Node(config.validation.cpus, config.validation.gpus) if config.validation.every_steps else NOTHING
+
+
+def _train(prepared: PreparedRun, run: RunFolder, lease: Lease) -> dict[str, Any]:
+    """Groups of workers until one has finished the run."""
     config = prepared.config
+    restarts = Restarts(run, config.stage, config.resources.max_failures)
     use_gpu = preflight.uses_gpu(config.resources, preflight.cluster_nodes())
-    with ProgressWatcher(run.progress_uri, config.stage):
-        return run_workers(
-            partial(_worker, prepared=prepared),
-            stream_factory=partial(_dataset, prepared),
-            resources=config.resources,
-            use_gpu=use_gpu,
-            name=config.stage,
-            storage_path=storage.join(run.uri, "ray"),
-        )
+    with ExitStack() as stack:
+        stack.enter_context(Reporter(config, extra_views=[PrometheusView()]))
+        stack.enter_context(Validator(prepared))
+        return restarts.until_finished(partial(_attempt, prepared, restarts, lease, use_gpu=use_gpu))
 
 
-def _worker(shard: ray.data.DataIterator, rank: int, device: torch.device, *, prepared: PreparedRun) -> dict[str, Any]:
+def _attempt(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_gpu: bool) -> dict[str, Any]:
+    """A group of workers and, where it finishes the run, what comes after; a store may be away then, too."""
+    summary = _run_group(prepared, restarts, lease, use_gpu=use_gpu)
+    if summary["stopped"] is None:
+        summary["data"] = prepared.data_report(summary["samples_seen"])
+        RunFolder(prepared.config.run).finish({name: value for name, value in summary.items() if name != "stopped"})
+        if prepared.config.bundle is not None:
+            publish(prepared.config)
+    return summary
+
+
+def _run_group(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_gpu: bool) -> dict[str, Any]:
+    """One group, of as many workers as there is room for, from the newest checkpoint on."""
+    config, resources = prepared.config, prepared.config.resources
+    newest = restarts.newest_checkpoint()
+    demand = preflight.demand_of(
+        resources,
+        use_gpu=use_gpu,
+        clip_in_stream=_clip_pool(prepared) is not None,
+        validation=_validation_node(config),
+    )
+    counts, placement = config.worker_counts, resources.placement
+    count = wait_for_room(counts, demand, placement=placement, wait_s=resources.wait_s, watch=lease.check)
+    group = Group()
+    more = [larger for larger in counts if larger > count]
+    signals = partial(ClusterSignals, group, more=more, demand=demand, placement=placement)
+    prepared = replace(prepared, config=config.for_workers(count))
+    plan = _plan(prepared, newest)
+
+    def watch() -> None:
+        lease.check()
+        restarts.look(group)
+
+    restarts.begin(count)
+    return run_workers(
+        partial(_worker, config=prepared.config, plan=plan, newest=newest, signals=signals),
+        stream_factory=partial(_dataset, plan),
+        resources=prepared.config.resources,
+        use_gpu=use_gpu,
+        group=group,
+        collective_timeout_s=config.loop.stall_limit_s + COLLECTIVE_MARGIN_S,
+        watch=watch,
+    )
+
+
+def _worker(
+    shard: ray.data.DataIterator,
+    rank: int,
+    device: torch.device,
+    *,
+    config: TrainConfig,
+    plan: stream.StreamPlan | None,
+    newest: checkpoint.Checkpoint | None,
+    signals: Callable[[], ClusterSignals],
+) -> dict[str, Any]:
     """What each training process does."""
     if device.type == "cpu":
         keep_freed_memory()
-    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
-    plan = _plan(prepared, newest)
     # The stream starts before the model is built, so that the first batch is there when training is.
     batches = iter(()) if plan is None else stream.batches(shard, plan, rank, pin_memory=device.type == "cuda")
-    trainer = Trainer(prepared.config, rank=rank, device=device)
+    trainer = Trainer(config, rank=rank, device=device, signals=signals() if rank == 0 else None)
     if newest is not None:
         trainer.resume(newest)
     return trainer.train(batches)
 
 
-def _dataset(prepared: PreparedRun) -> ray.data.Dataset:
-    """The stream from the newest checkpoint on; Ray Train asks for it at every start of the workers."""
-    plan = _plan(prepared, checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri))
+def _dataset(plan: stream.StreamPlan | None) -> ray.data.Dataset:
     return ray.data.from_items([]) if plan is None else stream.build_dataset(plan)
 
 
@@ -136,6 +209,7 @@ def _refuse_lost_paths(config: TrainConfig) -> None:
     """A submitted job runs in a temporary folder of the head node: what it wrote there would be gone with it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return
-    for field, uri in ({"run": config.run, "bundle": config.bundle} | config.data.paths).items():
+    places = {"run": config.run, "bundle": config.bundle, "validation.data": config.validation.data}
+    for field, uri in (places | config.data.paths).items():
         if uri and storage.is_local(uri) and not os.path.isabs(uri.removeprefix("file://")):
             raise ConfigError(f"{field} = {uri!r}: a submitted job needs an absolute path or an s3:// address")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from unclip.cluster.failures import RunFailed
 from unclip.cluster.fit import check, fit
 from unclip.cluster.preflight import PreflightError
 from unclip.config.base import ConfigError
@@ -16,6 +17,10 @@ from unclip.training.config import TrainConfig
 
 REFUSALS = (ConfigError, DataError, BundleError, PreflightError, OSError)
 """What tells a user that something is wrong with what was asked for; anything else is a fault of ours."""
+FAILED = 1
+"""Exit status where a run ended before it was finished; the same command goes on with it."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 REFUSED = 2
 """Exit status where nothing was started because something is wrong with what was asked for."""
 
@@ -37,6 +42,12 @@ def train_job(
     except REFUSALS as error:
         print(f"{config.stage}: {error}", file=sys.stderr)
         return REFUSED
+    except RunFailed as error:
+        print(f"{config.stage}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{config.stage}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
     print(json.dumps(summary, indent=2))
     print(f"run: {config.run}" + (f", bundle: {config.bundle}" if config.bundle else ""))
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 import torch
@@ -24,6 +25,9 @@ class Node:
     gpus: float
 
 
+NOTHING = Node(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Demand:
     """What a run claims at the same time: bundles of (CPUs, GPUs), each on one node."""
@@ -33,14 +37,16 @@ class Demand:
     data_cpus: int
     clip_actors: int
     clip_actor: Node
+    validation: Node = NOTHING
 
     @property
     def cpus(self) -> float:
-        return self.workers * self.worker.cpus + self.data_cpus + self.clip_actors * self.clip_actor.cpus
+        beside = self.data_cpus + self.clip_actors * self.clip_actor.cpus + self.validation.cpus
+        return self.workers * self.worker.cpus + beside
 
     @property
     def gpus(self) -> float:
-        return self.workers * self.worker.gpus + self.clip_actors * self.clip_actor.gpus
+        return self.workers * self.worker.gpus + self.clip_actors * self.clip_actor.gpus + self.validation.gpus
 
 
 def cluster_nodes() -> list[Node]:
@@ -55,36 +61,55 @@ def local_nodes() -> list[Node]:
 
 
 def uses_gpu(resources: ResourcesConfig, nodes: Sequence[Node]) -> bool:
-    """Whether the workers train on GPUs: as configured; `auto` where `nodes` have one for each."""
+    """Whether the workers train on GPUs: as configured; `auto` where `nodes` have one for each, or for the fewest."""
     if resources.use_gpu != "auto":
         return resources.use_gpu == "yes"
-    return sum(node.gpus for node in nodes) >= resources.num_workers * resources.gpus_per_worker
+    fewest = resources.min_workers or resources.num_workers
+    return sum(node.gpus for node in nodes) >= fewest * resources.gpus_per_worker
 
 
-def check_resources(
-    resources: ResourcesConfig, *, clip_in_stream: bool = False, nodes: Sequence[Node] | None = None
-) -> None:
-    """Raises `PreflightError` where `nodes`, or else the connected cluster, cannot hold workers, data stream and CLIPs."""
-    nodes = cluster_nodes() if nodes is None else nodes
-    demand = Demand(
+def demand_of(
+    resources: ResourcesConfig, *, use_gpu: bool, clip_in_stream: bool = False, validation: Node = NOTHING
+) -> Demand:
+    """What a run claims at the same time with all its workers."""
+    return Demand(
         workers=resources.num_workers,
-        worker=Node(resources.cpus_per_worker, resources.gpus_per_worker if uses_gpu(resources, nodes) else 0.0),
+        worker=Node(resources.cpus_per_worker, resources.gpus_per_worker if use_gpu else 0.0),
         data_cpus=resources.data_cpus,
         clip_actors=resources.clip_actors if clip_in_stream else 0,
         clip_actor=Node(0.0, resources.clip_gpus) if resources.clip_gpus else Node(1.0, 0.0),
+        validation=validation,
     )
+
+
+def check_resources(
+    resources: ResourcesConfig,
+    *,
+    workers: int | None = None,
+    clip_in_stream: bool = False,
+    validation: Node = NOTHING,
+    nodes: Sequence[Node] | None = None,
+) -> None:
+    """Raises `PreflightError` where `nodes`, or else the connected cluster, cannot hold workers, data stream and CLIPs.
+
+    `workers` is the least that the run can do with; all of `resources.num_workers` by default.
+    """
+    nodes = cluster_nodes() if nodes is None else nodes
+    use_gpu = uses_gpu(resources, nodes)
+    demand = demand_of(resources, use_gpu=use_gpu, clip_in_stream=clip_in_stream, validation=validation)
+    demand = replace(demand, workers=workers or resources.num_workers)
     missing = what_is_missing(demand, nodes, placement=resources.placement)
     if missing is not None:
-        raise PreflightError(_explain(missing, demand, nodes))
+        raise PreflightError(explain(missing, demand, nodes))
 
 
-def check_without_claiming(resources: ResourcesConfig, *, clip_in_stream: bool = False) -> None:
+def check_without_claiming(resources: ResourcesConfig, **details: Any) -> None:
     """`check_resources` for a dry run: asks the cluster where there is one, and starts none on this machine."""
     if not joins_cluster():
-        check_resources(resources, clip_in_stream=clip_in_stream, nodes=local_nodes())
+        check_resources(resources, **details, nodes=local_nodes())
         return
     with session():
-        check_resources(resources, clip_in_stream=clip_in_stream)
+        check_resources(resources, **details)
 
 
 def what_is_missing(demand: Demand, nodes: Sequence[Node], *, placement: str = "PACK") -> str | None:
@@ -113,10 +138,13 @@ def _slots(node: Node, bundle: Node) -> int:
     return min(counts)
 
 
-def _explain(missing: str, demand: Demand, nodes: Sequence[Node]) -> str:
+def explain(missing: str, demand: Demand, nodes: Sequence[Node]) -> str:
+    """What is needed, what there is, and what would fit, over several lines."""
     parts = [f"{demand.workers} workers x {_words(demand.worker)}", f"{demand.data_cpus} CPUs for the data stream"]
     if demand.clip_actors:
         parts.append(f"{demand.clip_actors} CLIP actors x {_words(demand.clip_actor)}")
+    if demand.validation != NOTHING:
+        parts.append(f"{_words(demand.validation)} for validation")
     total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
     largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0, 0.0))
     return (
@@ -132,7 +160,7 @@ def _advice(demand: Demand, nodes: Sequence[Node]) -> str:
     if demand.worker.gpus and not any(node.gpus for node in nodes):
         return "the cluster has no GPU: add nodes that have, or set resources.use_gpu=no"
     for workers in range(demand.workers, 0, -1):
-        smaller = Demand(workers, demand.worker, 1, min(demand.clip_actors, 1), demand.clip_actor)
+        smaller = replace(demand, workers=workers, data_cpus=1, clip_actors=min(demand.clip_actors, 1))
         if what_is_missing(smaller, nodes) is None:
             settings = [f"resources.num_workers={workers}", "resources.data_cpus=1"]
             settings += ["resources.clip_actors=1"] if demand.clip_actors else []

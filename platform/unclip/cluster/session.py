@@ -53,7 +53,6 @@ def connect() -> None:
     else:
         # A worker process takes seconds to start; by default idle ones are ended after one second.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
         # Ray Train asks the dashboard, which is not there, how its controller is, and every run would wait 12 s at its
         # end for that question to give up; an address that refuses at once answers it.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
@@ -85,6 +84,8 @@ def _prepare_environment() -> None:
     # By default Ray Train looks after its workers every 2 s, which is also how late it sees that they are done.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    # Worker 0 looks for nodes that will be taken away, and saves; Ray Train would only wait for their end.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # By default Ray runs its workers at niceness 15, where anything else on the machine starves them.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Workers start from a shell's PATH: extensions that compile there must find this environment's tools first.

@@ -1,9 +1,14 @@
-"""Training workers under Ray Train: started, fed, restarted from the newest checkpoint when one dies."""
+"""One group of training workers under Ray Train, from its start to its end; what comes after is for `restarts` to say."""
 
 from __future__ import annotations
 
 import os
+import queue
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray.data
@@ -13,13 +18,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from unclip.cluster import stream
+from unclip.cluster.group import Group
 from unclip.config.resources import ResourcesConfig
 
 WorkerFunction = Callable[[ray.data.DataIterator, int, torch.device], dict[str, Any]]
-"""What a worker does with its part of the stream, its rank and its device; worker 0's answer is the run's."""
+"""What a worker does with its part of the stream, its rank and its device; worker 0's answer is the group's."""
 
-COLLECTIVE_TIMEOUT_S = 1800
-"""Longest wait of a worker for the others: longer than any checkpoint takes, shorter than a night lost to a hang."""
+START_LIMIT_S = 900.0
+"""Longest time from asking for workers to the first line of their function; Ray's own limits on parts of it are shorter."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""Longest wait of a worker for the others, where the caller has no limit of its own."""
+_POLL_S = 0.25
+
+
+class StartError(RuntimeError):
+    """The workers did not start in time."""
 
 
 def run_workers(
@@ -28,41 +41,78 @@ def run_workers(
     stream_factory: Callable[[], ray.data.Dataset],
     resources: ResourcesConfig,
     use_gpu: bool,
-    name: str,
-    storage_path: str,
+    group: Group,
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    watch: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs `function` on every worker and returns worker 0's answer.
+    """Runs `function` once on every worker and returns worker 0's answer.
 
-    `stream_factory` is called anew at every start of the workers, in Ray Train's controller, so that the stream begins
-    where the newest checkpoint ends. Ray Train has no checkpoints of ours to manage, so nothing is reported to it.
-    Raises `ray.train.TrainingFailedError` where workers died more often than `resources.max_failures` allows.
+    `stream_factory` is called in Ray Train's controller. `group` is a new one, and released at the end. `watch` is called
+    several times a second while the group lives; where it raises, the group is ended and the error goes on to the caller.
+    Raises `ray.train.TrainingFailedError` or `ray.exceptions.RayError` where a worker, or Ray Train's controller, failed
+    or died, and `StartError` where they never came to `function`.
     """
-    worker_resources = {"CPU": resources.cpus_per_worker}
-    if use_gpu:
-        worker_resources["GPU"] = resources.gpus_per_worker
-    trainer = TorchTrainer(
-        _start_worker,
-        train_loop_config={"function": function, "threads": resources.threads_per_worker},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=worker_resources,
-            placement_strategy=resources.placement,
-        ),
-        run_config=RunConfig(
-            name=name, storage_path=storage_path, failure_config=FailureConfig(max_failures=resources.max_failures)
-        ),
-        datasets={"train": stream_factory},
-        dataset_config=ray.train.DataConfig(execution_options=stream.execution_options()),
-    )
-    answer = trainer.fit().return_value
-    assert isinstance(answer, dict)
-    return answer
+    with tempfile.TemporaryDirectory(prefix="unclip-ray-") as scratch:  # Ray Train has nothing of ours to keep
+        trainer = TorchTrainer(
+            _start_worker,
+            train_loop_config={"function": function, "threads": resources.threads_per_worker, "group": group},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(collective_timeout_s)),
+            scaling_config=ScalingConfig(
+                num_workers=resources.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker=worker_resources(resources, use_gpu=use_gpu),
+                placement_strategy=resources.placement,
+            ),
+            run_config=RunConfig(
+                name="run",
+                storage_path=scratch,
+                failure_config=FailureConfig(controller_failure_limit=0, max_preemption_failures=0),
+            ),
+            datasets={"train": stream_factory},
+            dataset_config=ray.train.DataConfig(execution_options=stream.execution_options()),
+        )
+        try:
+            return _wait_for(trainer, group, watch)
+        finally:
+            group.release()
+
+
+def worker_resources(resources: ResourcesConfig, *, use_gpu: bool) -> dict[str, float]:
+    """What Ray reserves for one worker."""
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if use_gpu else {})
+
+
+def _wait_for(trainer: TorchTrainer, group: Group, watch: Callable[[], None] | None) -> dict[str, Any]:
+    """The answer. Ray Train waits in a thread, without a limit, so that this one can have limits and be interrupted."""
+    ended: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+
+    def fit() -> None:
+        try:
+            answer = trainer.fit().return_value
+            assert isinstance(answer, dict)
+            ended.put(answer)
+        except BaseException as error:  # raised again in the thread that waits
+            ended.put(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    started, has_started = time.monotonic(), False
+    while True:
+        with suppress(queue.Empty):
+            answer = ended.get(timeout=_POLL_S)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+        has_started = has_started or group.has_started()
+        if not has_started and time.monotonic() - started > START_LIMIT_S:
+            raise StartError(f"the workers have not started in {START_LIMIT_S:.0f} s")
+        if watch is not None:
+            watch()
 
 
 def _start_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
+    if context.get_world_rank() == 0:
+        settings["group"].announce_start()
     device = get_device()
     if device.type == "cpu":
         # Ray gives a worker as many threads as it reserves CPUs, which on small machines are fractions of a core.

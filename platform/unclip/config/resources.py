@@ -17,6 +17,9 @@ class ResourcesConfig(Config):
 
     num_workers: int = Field(default=1, ge=1)
     """Training workers: one process each, together one data-parallel group."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Fewest workers that the run goes on with when nodes are lost; it grows again, up to num_workers, when they are back.
+    Of the numbers between, those count that share the global batch in whole micro-batches. None: always num_workers."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Train on GPUs; auto: where the cluster has enough of them for every worker."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
@@ -34,7 +37,18 @@ class ResourcesConfig(Config):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes: together where possible (PACK), apart where possible (SPREAD), or strictly so."""
     max_failures: int = Field(default=3, ge=0)
-    """Times that workers may die before the run fails; each time it continues from the newest checkpoint."""
+    """Failures in a row, without a newer checkpoint between them, after which the run goes on all the same: workers that died,
+    a store that did not answer. Nodes that gave notice (preemption, drain) and changes of the number of workers do not
+    count."""
+    wait_s: float = Field(default=1800.0, ge=0)
+    """Longest wait for room for the workers, at the start and after each loss, before the run ends with an error that says
+    what is missing."""
+
+    @model_validator(mode="after")
+    def _fewest(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers = {self.min_workers} is above num_workers = {self.num_workers}")
+        return self
 
     @model_validator(mode="after")
     def _one_gpu_each(self) -> Self:

@@ -35,6 +35,10 @@ class DataError(ValueError):
     """Records are missing, unreadable or not what was asked for; the message names the folder, file, column or id."""
 
 
+class ReadError(DataError):
+    """A file of records could not be read, which may work the next time: its store did not answer."""
+
+
 class Fragment(NamedTuple):
     """One Parquet row group: the unit that is read and shuffled.
 
@@ -222,7 +226,7 @@ class _FolderRun:
                         raise DataError(f"{path!r}: row group {index} has {group.num_rows} rows, expected {rows}")
                     groups.append(group)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path!r} cannot be read: {error}") from error
+            raise ReadError(f"{path!r} cannot be read: {error}") from error
         return groups
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from unclip.config.base import Config
 from unclip.utils import storage
@@ -63,6 +64,8 @@ class ClipArchitectureConfig(Config):
     """attention heads of the text transformer"""
     text_layers: int = Field(ge=1)
     """blocks of the text transformer"""
+    activation_checkpointing: bool = False
+    """compute the blocks' activations again in the backward pass instead of keeping them"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -99,6 +102,9 @@ class ClipArchitectureConfig(Config):
 
         # A temperature of shape (1,), since DeepSpeed cannot broadcast a parameter without dimensions.
         clip = open_clip.CLIP(**self.open_clip_config(), nonscalar_logit_scale=True)
+        if self.activation_checkpointing:
+            for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
+                block.forward = partial(_recomputed, block.forward)
         return ClipModel(clip, ClipDescription(self.open_clip_config()), Tokenizer(None))
 
 
@@ -301,6 +307,20 @@ class ClipModel(nn.Module):
 def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     """PyTorch's fused attention takes 7 times as long in bfloat16 training on CPUs as its unfused one."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def _recomputed(forward: Callable[..., torch.Tensor], x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """A block's `forward` whose activations are computed again in the backward pass, by the same attention kernels.
+
+    open_clip's own way (`set_grad_checkpointing`) takes the kernels that are chosen where the backward pass runs.
+    """
+    if not torch.is_grad_enabled():
+        return forward(x, **inputs)
+    kernels = partial(_attention_kernels, x.device)
+    result: torch.Tensor = checkpoint(
+        forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), kernels()), **inputs
+    )
+    return result
 
 
 def load_clip(source: str, device: torch.device | str = "cpu") -> ClipModel:

@@ -7,7 +7,6 @@ caption alone) or ADM's class-conditional one (section 4).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,8 +30,6 @@ from unclip.models.conditioners import (
 )
 from unclip.models.text import TextTransformerConfig
 from unclip.models.unet import UNetCondition, UNetConfig
-
-_STEM = "unet.stem.weight"
 
 
 class DecoderConfig(Config):
@@ -217,18 +214,3 @@ def _join(told: list[Told]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask for tokens, mask in with_context
     ]
     return context, torch.cat(masks, dim=1)
-
-
-def with_inpainting_channels(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a decoder without inpainting for the same one with it.
-
-    The first convolution gets columns of zeros for the 4 further channels, so the outputs are what they were before
-    (GLIDE, section 4.3).
-
-    Raises `ValueError` where the weights are not those of a decoder.
-    """
-    if _STEM not in state_dict:
-        raise ValueError(f"no decoder's weights: they have no {_STEM!r}")
-    stem = state_dict[_STEM]
-    added = stem.new_zeros(stem.shape[0], stem.shape[1] // 3 * 4, *stem.shape[2:])
-    return {**state_dict, _STEM: torch.cat([stem, added], dim=1)}

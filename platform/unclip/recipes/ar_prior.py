@@ -52,7 +52,7 @@ def demo() -> TrainConfig:
         data=TrainDataConfig(path=_OPENMOJI, shuffle_rows=4096),
         objective=ARPriorObjectiveConfig(stage=ARPriorStageConfig(model=model), pca=_OPENMOJI_PCA),
         optimizer=shared.demo_optimizer(1e-3),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=128, time_limit_s=45.0),
     )
 

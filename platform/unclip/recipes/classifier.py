@@ -75,7 +75,7 @@ def demo() -> TrainConfig:
         data=TrainDataConfig(path=shared.openmoji(64), shuffle_rows=4096),
         objective=objective(encoder, label_column="colour", beta_schedule="linear"),
         optimizer=shared.demo_optimizer(1e-3, weight_decay=0.05),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=64, time_limit_s=60.0),
     )
 

@@ -63,7 +63,7 @@ def demo() -> TrainConfig:
             )
         ),
         optimizer=shared.demo_optimizer(1e-3, weight_decay=0.1),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=128, time_limit_s=50.0),
     )
 
@@ -144,7 +144,8 @@ def paper() -> TrainConfig:
             lr_schedule="cosine",
             warmup_steps=2000,
         ),
-        zero=ZeroConfig(stage=2, precision="bf16"),
+        # Float32 weights: the step of rho along the gradient is less than bfloat16 resolves in most of them.
+        zero=ZeroConfig(stage=2, precision="autocast"),
         loop=LoopConfig(max_steps=pairs * epochs // batch, global_batch_size=batch, microbatch_size=64),
         resources=ResourcesConfig(num_workers=512, use_gpu="yes", data_cpus=2048),
     )

@@ -103,7 +103,7 @@ def demo() -> TrainConfig:
             stage=stage(model, sampling, prediction_type="sample", beta_schedule="linear"), normalization="whiten"
         ),
         optimizer=shared.demo_optimizer(4e-3),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=16, time_limit_s=270.0),
     )
 

@@ -64,7 +64,7 @@ def demo() -> TrainConfig:
         data=TrainDataConfig(path=shared.openmoji(64), shuffle_rows=2048),
         objective=objective(model, beta_schedule="linear"),
         optimizer=shared.demo_optimizer(1e-3, weight_decay=0.1),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=128, time_limit_s=60.0),
     )
 

@@ -64,7 +64,7 @@ def demo() -> TrainConfig:
         # A CLIP trained for a minute has directions of very different spread, which whitening evens out.
         objective=PriorObjectiveConfig(stage=stage(model), normalization="whiten"),
         optimizer=shared.demo_optimizer(1e-3),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=128, time_limit_s=45.0),
     )
 

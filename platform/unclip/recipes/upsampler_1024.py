@@ -75,7 +75,7 @@ def demo() -> TrainConfig:
             crop_fraction=0.125,
         ),
         optimizer=shared.demo_optimizer(4e-3),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=8, time_limit_s=50.0),
     )
 

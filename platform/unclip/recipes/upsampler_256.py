@@ -68,7 +68,7 @@ def demo() -> TrainConfig:
         data=TrainDataConfig(path=shared.openmoji(256), shuffle_rows=1024),
         objective=objective(unet, SamplingConfig(sampler="ddim", num_inference_steps=12), prediction_type="sample"),
         optimizer=shared.demo_optimizer(4e-3),
-        zero=shared.BF16,
+        zero=shared.AUTOCAST,
         loop=shared.demo_loop(batch=16, time_limit_s=60.0),
     )
 

@@ -1,39 +1,42 @@
 """Checkpoints that any number of workers at any ZeRO stage can write and read.
 
-    CHECKPOINTS/step-00000100/rank-00000-of-00002.safetensors  rank-00001-of-00002.safetensors  manifest.json
+    CHECKPOINTS/step-00000100/rank-00000-of-00002-ATTEMPT.safetensors  rank-00001-of-00002-ATTEMPT.safetensors  manifest.json
 
 Every rank writes its slices of the state by parameter name; the manifest, written last, says which file holds which
-elements, its size and hash. Rank 0 also writes what all ranks have the same: buffers, and the objective's state.
-A folder without a manifest, or with files of another size, is no checkpoint.
+elements, its size and hashes. Rank 0 also writes what all ranks have the same: buffers, and the objective's state.
+A folder without a manifest, or with files of another size, is no checkpoint. The files of every attempt to save have
+names of their own, so that what an interrupted one left, or still writes, is never part of another.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from unclip.training import zero_state
+from unclip.training.shards import BLOCK_BYTES, BlockCache, DamagedError, ShardFile, write_shard
 from unclip.utils import storage
 
 if TYPE_CHECKING:
     from unclip.training.engine import Engine
 
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "manifest.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not fit the model, or its files are not what its manifest says."""
+    """A checkpoint does not fit the model, could not be written, or its files are not what its manifest says."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written, which may work the next time."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Checkpoint:
         return int(self.manifest["state"]["step"])
 
     @property
+    def run(self) -> dict[str, Any]:
+        """What wrote it: `config`, `versions` (with the git commit) and `seed`."""
+        return dict(self.manifest["run"])
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter by name."""
         return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
@@ -64,72 +72,135 @@ class Checkpoint:
         return list(self.manifest["buffers"])
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's part of a checkpoint in host memory."""
+
+    rank: int
+    world_size: int
+    tensors: dict[str, torch.Tensor]
+    fragments: dict[str, list[int]]
+    """[start, numel] of each parameter's slice."""
+    facts: dict[str, Any]
+    """What the manifest says beside the files; the same on all ranks."""
+
+    def write(self, uri: str, attempt: str) -> dict[str, Any]:
+        """Writes the file of this rank into the folder `uri`; returns its entry in the manifest."""
+        name = f"rank-{self.rank:05d}-of-{self.world_size:05d}-{attempt}.safetensors"
+        written = write_shard(storage.join(uri, name), self.tensors)
+        return {"name": name, **written, "fragments": self.fragments}
+
+
+class HostMemory:
+    """Host memory for snapshots, the same for each: pages that were touched before take a copy several times as fast.
+
+    On CUDA it is pinned and the copies end together.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    @torch.no_grad()
+    def snapshot(
+        self, engine: Engine, state: Mapping[str, Any], objective: Mapping[str, torch.Tensor] | None
+    ) -> Snapshot:
+        """A copy of this rank's slices, in memory that the next snapshot takes again."""
+        if "step" not in state:
+            raise ValueError(f"state must hold 'step', not only {sorted(state)}")
+        objective, buffers = objective or {}, zero_state.buffers(engine.module)
+        tensors: dict[str, torch.Tensor] = {}
+        fragments: dict[str, list[int]] = {}
+        used, free = 0, self._free(engine)
+        for fragment in zero_state.fragments(engine):
+            fragments[fragment.name] = [fragment.start, fragment.numel]
+            for kind, tensor in fragment.tensors.items():
+                copy = free[used : used + fragment.numel]
+                tensors[f"{kind}/{fragment.name}"] = copy.copy_(tensor, non_blocking=copy.is_pinned())
+                used += fragment.numel
+        if engine.rank == 0:
+            tensors |= {f"buffer/{name}": _copied(tensor) for name, tensor in buffers.items()}
+            tensors |= {f"objective/{name}": _copied(tensor) for name, tensor in objective.items()}
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        facts = {
+            "state": dict(state),
+            "optimizer_steps": engine.steps,
+            "parameters": {name: list(shape) for name, shape in zero_state.shapes(engine).items()},
+            "buffers": sorted(buffers),
+            "objective": {name: list(tensor.shape) for name, tensor in objective.items()},
+        }
+        return Snapshot(engine.rank, engine.world_size, tensors, fragments, facts)
+
+    def _free(self, engine: Engine) -> torch.Tensor:
+        """Float32 memory for all slices of this rank, which are the same as long as the engine lives."""
+        if not self._buffer.numel():
+            elements = len(zero_state.KINDS) * sum(fragment.numel for fragment in zero_state.fragments(engine))
+            self._buffer = torch.empty(elements, pin_memory=engine.device.type == "cuda")
+        return self._buffer
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def folder(checkpoints_uri: str, step: int) -> str:
     """Where the checkpoint of `step` belongs."""
     return storage.join(checkpoints_uri, f"step-{step:08d}")
 
 
-def save(
-    uri: str, engine: Engine, state: Mapping[str, Any], *, objective: Mapping[str, torch.Tensor] | None = None
-) -> None:
-    """Writes the training state of all ranks, and `state` (JSON values, `step` among them), as the folder `uri`.
+def new_attempt() -> str:
+    """A name for one attempt to save."""
+    return uuid.uuid4().hex[:12]
 
-    `objective` holds named tensors that are the same on all ranks (`Objective.state`).
-    Collective: every rank calls it with the same `uri`. The checkpoint counts from when rank 0 returns.
-    """
-    objective = objective or {}
-    if "step" not in state:
-        raise ValueError(f"state must hold 'step', not only {sorted(state)}")
-    entry = _write_shard(uri, engine, objective)
-    entries: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(entries, entry)
-    if engine.rank == 0:
-        manifest = {
-            "format": _FORMAT,
-            "state": dict(state),
-            "optimizer_steps": engine.steps,
-            "parameters": {name: list(shape) for name, shape in zero_state.shapes(engine).items()},
-            "buffers": sorted(zero_state.buffers(engine.module)),
-            "objective": {name: list(tensor.shape) for name, tensor in objective.items()},
-            "files": entries,
-        }
-        storage.write_json(storage.join(uri, _MANIFEST), manifest)
+
+def commit(uri: str, snapshot: Snapshot, entries: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> None:
+    """Makes a checkpoint of the files that all ranks have written into `uri`. For rank 0."""
+    manifest = {
+        "format": _FORMAT,
+        **snapshot.facts,
+        "run": dict(run),
+        "block_bytes": BLOCK_BYTES,
+        "files": list(entries),
+    }
+    with storage.local_target(storage.join(uri, _MANIFEST)) as path:
+        path.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
 def committed(checkpoints_uri: str) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    folders = (storage.join(checkpoints_uri, name) for name in storage.names(checkpoints_uri) if _is_folder_name(name))
-    found = (open_committed(uri) for uri in folders)
-    return sorted((checkpoint for checkpoint in found if checkpoint), key=lambda checkpoint: checkpoint.step)
+    return list(_newest_first(checkpoints_uri))[::-1]
 
 
 def open_committed(uri: str) -> Checkpoint | None:
     """The complete checkpoint in the folder `uri`; None where it is incomplete or missing."""
-    manifest_uri = storage.join(uri, _MANIFEST)
-    if not storage.exists(manifest_uri):
+    sizes = storage.sizes(uri)
+    if _MANIFEST not in sizes:
         return None
-    manifest = storage.read_json(manifest_uri)
+    manifest_uri = storage.join(uri, _MANIFEST)
+    try:
+        manifest = storage.read_json(manifest_uri)
+    except ValueError as error:
+        raise CheckpointError(f"{manifest_uri} is damaged: {error}; {_advice(uri)}") from None
     if manifest["format"] != _FORMAT:
         raise CheckpointError(f"{uri} has format {manifest['format']!r}; this version reads {_FORMAT}")
-    complete = all(storage.size(storage.join(uri, entry["name"])) == entry["bytes"] for entry in manifest["files"])
+    complete = all(sizes.get(entry["name"]) == entry["bytes"] for entry in manifest["files"])
     return Checkpoint(uri, manifest) if complete else None
 
 
 def latest(checkpoints_uri: str) -> Checkpoint | None:
     """The newest complete checkpoint of a run; None where there is none."""
-    found = committed(checkpoints_uri)
-    return found[-1] if found else None
+    return next(_newest_first(checkpoints_uri), None)
 
 
-def load(checkpoint: Checkpoint, engine: Engine, *, verify: bool = False) -> dict[str, torch.Tensor]:
+def load(checkpoint: Checkpoint, engine: Engine) -> dict[str, torch.Tensor]:
     """Continues `engine` from `checkpoint`, whatever number of workers and ZeRO stage wrote it. Collective.
 
-    Each rank reads its own slices only. `verify` first checks the hash of every file that the rank reads. Returns the
-    `objective` that `save` was given, on the CPU.
+    Each rank reads its own slices only, some megabytes at a time, and checks the hash of every block it reads. Returns
+    the `objective` that was saved, on the CPU.
     Raises `CheckpointError` where the model has other parameters, or a file is damaged.
     """
     _check_shapes(checkpoint, engine)
-    with FragmentReader(checkpoint, verify=verify) as reader:
+    with FragmentReader(checkpoint) as reader:
         zero_state.restore(engine, reader.read, int(checkpoint.manifest["optimizer_steps"]))
         with torch.no_grad():
             for name, buffer in zero_state.buffers(engine.module).items():
@@ -137,27 +208,35 @@ def load(checkpoint: Checkpoint, engine: Engine, *, verify: bool = False) -> dic
         return {name: reader.read_objective(name) for name in checkpoint.manifest["objective"]}
 
 
-def collect(checkpoints_uri: str, keep_last: int) -> None:
-    """Deletes incomplete checkpoints and all complete ones but the newest `keep_last`. For rank 0, after a `save`."""
+def collect(checkpoints_uri: str, keep_last: int, keep_every_steps: int | None = None) -> None:
+    """Deletes what interrupted saves left, and complete checkpoints but the newest `keep_last` and those of the steps
+    that `keep_every_steps` divides. For rank 0, while nothing is being saved."""
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, not {keep_last}")
-    keep = {checkpoint.uri for checkpoint in committed(checkpoints_uri)[-keep_last:]}
-    for name in filter(_is_folder_name, storage.names(checkpoints_uri)):
-        uri = storage.join(checkpoints_uri, name)
-        if uri not in keep:
-            # The manifest goes first: what is left after a crash is then no checkpoint.
-            storage.remove(storage.join(uri, _MANIFEST))
-            storage.remove(uri)
+    kept = 0
+    for step, uri in _folders(checkpoints_uri):
+        for_good = keep_every_steps is not None and step % keep_every_steps == 0
+        found = open_committed(uri) if kept < keep_last else None
+        if found is not None:
+            kept += 1
+            for name in storage.sizes(uri).keys() - _files(found):  # of other attempts, dead or not
+                storage.remove(storage.join(uri, name))
+            continue
+        if for_good and storage.exists(storage.join(uri, _MANIFEST)):
+            continue
+        # The manifest goes first: what is left after a crash is then no checkpoint.
+        storage.remove(storage.join(uri, _MANIFEST))
+        storage.remove(uri)
 
 
 class FragmentReader:
-    """Reads any slice of a checkpoint's state; a context manager that keeps the files in use open."""
+    """Reads any slice of a checkpoint's state, some blocks of its files in memory at a time; a context manager that
+    forgets them at its end. Every block is checked: `CheckpointError` names the file that is damaged."""
 
-    def __init__(self, checkpoint: Checkpoint, *, verify: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._verify = verify
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._cache = BlockCache()
+        self._files: dict[str, ShardFile] = {}
         self._entries = {entry["name"]: entry for entry in checkpoint.manifest["files"]}
         self._places: dict[str, list[tuple[int, int, str]]] = {}
         for file, entry in self._entries.items():
@@ -169,7 +248,7 @@ class FragmentReader:
 
     def __exit__(self, *details: object) -> None:
         self._files.clear()
-        self._stack.close()
+        self._cache = BlockCache()
 
     def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
         """Elements `start … start + numel` of a `zero_state.KINDS` of the flattened parameter, (numel,) float32."""
@@ -178,8 +257,8 @@ class FragmentReader:
         for first, last, file in self._places.get(name, []):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                piece = self._open(file).get_slice(f"{kind}/{name}")[low - first : high - first]
-                output[low - start : high - start] = piece
+                with self._naming_what_to_do():
+                    self._open(file).read(f"{kind}/{name}", low - first, output[low - start : high - start])
                 filled += high - low
         if filled != numel:
             raise CheckpointError(
@@ -196,35 +275,26 @@ class FragmentReader:
         return self._read_whole(f"objective/{name}")
 
     def _read_whole(self, key: str) -> torch.Tensor:
-        tensor = self._open(next(iter(self._entries))).get_tensor(key)
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+        with self._naming_what_to_do():
+            return self._open(next(iter(self._entries))).read_whole(key)
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> ShardFile:
         if file not in self._files:
-            path = self._stack.enter_context(storage.local_file(storage.join(self._checkpoint.uri, file)))
-            if self._verify and _sha256(path) != self._entries[file]["sha256"]:
-                raise CheckpointError(f"{storage.join(self._checkpoint.uri, file)} is damaged: its hash is another")
-            self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._files[file] = ShardFile(
+                storage.join(self._checkpoint.uri, file),
+                size=self._entries[file]["bytes"],
+                cache=self._cache,
+                hashes=self._entries[file]["sha256"],
+                block_bytes=self._checkpoint.manifest["block_bytes"],
+            )
         return self._files[file]
 
-
-def _write_shard(uri: str, engine: Engine, objective: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Writes this rank's file; returns its entry of the manifest."""
-    name = f"rank-{engine.rank:05d}-of-{engine.world_size:05d}.safetensors"
-    tensors: dict[str, torch.Tensor] = {}
-    fragments: dict[str, list[int]] = {}
-    for fragment in zero_state.fragments(engine):
-        fragments[fragment.name] = [fragment.start, fragment.numel]
-        tensors |= {f"{kind}/{fragment.name}": tensor.cpu() for kind, tensor in fragment.tensors.items()}
-    if engine.rank == 0:
-        held = zero_state.buffers(engine.module)
-        tensors |= {f"buffer/{name}": tensor.cpu().contiguous() for name, tensor in held.items()}
-        tensors |= {f"objective/{name}": tensor.cpu().contiguous() for name, tensor in objective.items()}
-    with storage.local_target(storage.join(uri, name)) as path:
-        save_file(tensors, path)
-        size, digest = path.stat().st_size, _sha256(path)
-    return {"name": name, "bytes": size, "sha256": digest, "fragments": fragments}
+    @contextmanager
+    def _naming_what_to_do(self) -> Iterator[None]:
+        try:
+            yield
+        except DamagedError as error:
+            raise CheckpointError(f"{error}; {_advice(self._checkpoint.uri)}") from None
 
 
 def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -238,10 +308,21 @@ def _check_shapes(checkpoint: Checkpoint, engine: Engine) -> None:
         raise CheckpointError(f"{checkpoint.uri} is of another model; {'; '.join(differences[:5])}")
 
 
-def _is_folder_name(name: str) -> bool:
-    return re.fullmatch(r"step-\d{8,}", name) is not None
+def _files(checkpoint: Checkpoint) -> set[str]:
+    return {_MANIFEST, *(entry["name"] for entry in checkpoint.manifest["files"])}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _newest_first(checkpoints_uri: str) -> Iterator[Checkpoint]:
+    found = (open_committed(uri) for _, uri in _folders(checkpoints_uri))
+    return (checkpoint for checkpoint in found if checkpoint is not None)
+
+
+def _folders(checkpoints_uri: str) -> list[tuple[int, str]]:
+    """Step and address of what may be checkpoints, newest first."""
+    names = (re.fullmatch(r"step-(\d{8,})", name) for name in storage.names(checkpoints_uri))
+    found = [(int(name[1]), storage.join(checkpoints_uri, name[0])) for name in names if name]
+    return sorted(found, reverse=True)
+
+
+def _advice(uri: str) -> str:
+    return f"delete the folder {uri} to go on from the checkpoint before it"

@@ -13,6 +13,8 @@ from unclip.training.engine import ZeroConfig
 from unclip.training.objectives import ObjectiveConfig
 from unclip.training.objectives.clip import ClipObjectiveConfig
 from unclip.training.optim import OptimizerConfig
+from unclip.training.reporting.config import ReportingConfig
+from unclip.training.validation.config import ValidationConfig
 
 
 class DataSourceConfig(Config):
@@ -67,6 +69,13 @@ class LoopConfig(Config):
     """Seconds between two checkpoints: the most work that a killed worker can lose. 0 saves after every step."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Checkpoints of these steps and their multiples are kept for good; none: only the newest."""
+    max_skipped_steps: int = Field(default=10, gt=0)
+    """Steps in a row without a finite gradient, which change nothing, after which the run ends with an error."""
+    stall_limit_s: float = Field(default=1800.0, gt=0)
+    """Longest time that a worker may wait for one thing (a batch, the other workers, a checkpoint) before it says what it
+    waits for and ends."""
 
 
 class TrainConfig(Config):
@@ -80,6 +89,11 @@ class TrainConfig(Config):
     """Seeds the initial weights, the order of samples, crops, degradations, noise and drops."""
     run: str
     """Run folder, local or `s3://`: configuration, metrics and checkpoints. The same command continues a run."""
+    resume: Literal["auto", "require", "refuse"] = "auto"
+    """Going on with what the run folder holds: auto, where it holds a checkpoint; require or refuse that it does."""
+    init_from: str | None = None
+    """Weights that a new run begins with: a run folder, one of its checkpoints, or a stage of a bundle. Optimizer, step and
+    data begin anew; a run that is resumed ignores it."""
     bundle: str | None = None
     """Bundle that receives the trained stage (EMA weights) at the end; none: no export."""
     clip: str | None = None
@@ -95,6 +109,8 @@ class TrainConfig(Config):
     zero: ZeroConfig
     loop: LoopConfig
     resources: ResourcesConfig = ResourcesConfig()
+    validation: ValidationConfig = ValidationConfig()
+    reporting: ReportingConfig = ReportingConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -111,6 +127,22 @@ class TrainConfig(Config):
         if self.data.embeddings == "stream" and self.objective.embedding_columns and self.clip is None:
             raise ValueError("data.embeddings = 'stream' needs a CLIP: set clip to a name or a folder")
         return self
+
+    def for_workers(self, count: int) -> TrainConfig:
+        """The same run by another number of workers; `ConfigError` where they cannot share the global batch."""
+        return self.merged({"resources": {"num_workers": count}})
+
+    @property
+    def worker_counts(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have, most first: those from min_workers to num_workers that can share
+        the global batch in whole micro-batches."""
+        most, batch = self.resources.num_workers, self.loop.global_batch_size
+        counts = range(most, (self.resources.min_workers or most) - 1, -1)
+        return tuple(
+            count
+            for count in counts
+            if batch % count == 0 and (batch // count) % min(self.loop.microbatch_size, batch // count) == 0
+        )
 
     @property
     def microbatch_size(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,122 +15,198 @@ import torch
 from torch import distributed
 
 from unclip.training import checkpoint
+from unclip.training.clock import Clock
 from unclip.training.config import TrainConfig
 from unclip.training.engine import Engine
+from unclip.training.initialise import initialise
+from unclip.training.lead import Decision, Lead
 from unclip.training.objectives import LossOutput, Objective
 from unclip.training.optim import learning_rate_at
-from unclip.training.run_folder import RunFolder
+from unclip.training.profiling import Profiler
+from unclip.training.run_folder import RunFolder, versions
+from unclip.training.save_schedule import SaveSchedule
+from unclip.training.saver import Saver
+from unclip.training.signals import Signals
 from unclip.training.timing import PhaseTimer
+from unclip.training.watchdog import Watchdog
+from unclip.training.window import LogWindow
 from unclip.utils.random import SampleGenerator
 
-MAX_SKIPPED_STEPS = 10
-"""Optimizer steps in a row without a finite gradient, which change nothing, before the run ends with an error."""
-
 Batches = Iterator[dict[str, torch.Tensor]]
+Tensors = dict[str, torch.Tensor]
+
+_logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
-    """The gradient was not finite for `MAX_SKIPPED_STEPS` steps in a row."""
-
-
-@dataclass
-class Clock:
-    """Counts what a run has done; the part of its state that is not tensors."""
-
-    step: int = 0
-    samples_seen: int = 0
-    seconds: float = 0.0
-    """Time in the loop, over all restarts."""
+    """The gradient was not finite for `loop.max_skipped_steps` steps in a row."""
 
 
 class Trainer:
-    """One worker's share of a run."""
+    """One worker's share of a run.
 
-    def __init__(self, config: TrainConfig, *, rank: int, device: torch.device) -> None:
+    Every wait is limited by `loop.stall_limit_s`: see `Watchdog`. `signals` is asked by worker 0 only.
+    """
+
+    def __init__(self, config: TrainConfig, *, rank: int, device: torch.device, signals: Signals | None = None) -> None:
         torch.manual_seed(config.seed)  # the same initial weights on every worker
         self.config = config
         self.rank = rank
         self.world_size = config.resources.num_workers
         self.device = device
         self.run = RunFolder(config.run)
-        self.objective: Objective = config.objective.build().to(device)
-        self.engine = Engine(
-            self.objective.model,
-            config.optimizer,
-            config.zero,
-            microbatch_size=config.microbatch_size,
-            accumulation_steps=config.accumulation_steps,
-            device=device,
-        )
-        self.timer = PhaseTimer()
         self.clock = Clock()
-        self._skipped = 0
-        self._saved_step = 0
-        self._saved_seconds = 0.0
+        self.timer = PhaseTimer()
+        limit_s = config.loop.stall_limit_s
+        self.watchdog = Watchdog(self.run, rank=rank, world_size=self.world_size, limit_s=limit_s)
+        with self.watchdog.waiting("the engine"):
+            self.objective: Objective = config.objective.build().to(device)
+            self.engine = Engine(
+                self.objective.model,
+                config.optimizer,
+                config.zero,
+                microbatch_size=config.microbatch_size,
+                accumulation_steps=config.accumulation_steps,
+                device=device,
+            )
+            self._saver = Saver(
+                self.run.checkpoints_uri,
+                self.engine,
+                facts={"config": config.to_dict(), "versions": versions(), "seed": config.seed},
+                keep_last=config.loop.keep_checkpoints,
+                keep_every_steps=config.loop.keep_every_steps,
+                limit_s=limit_s / 2,  # a save that hangs is given up before a worker that waits for it
+            )
+        self._schedule = SaveSchedule(config)
+        self._signals = signals
+        self._lead: Lead | None = None
+        self._profiler = Profiler(self.run, rank, device)
+        self._began_at: int | None = None
+        self._stopped: str | None = None
 
     def resume(self, newest: checkpoint.Checkpoint) -> None:
         """Continues from a committed checkpoint of the run, by any number of workers at any ZeRO stage."""
-        self.objective.load_state(checkpoint.load(newest, self.engine))
+        with self.watchdog.waiting(f"the state of {newest.uri}"):
+            self.objective.load_state(checkpoint.load(newest, self.engine))
         self.clock = Clock(**newest.state)
-        self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds
+        self.watchdog.step = self._began_at = self.clock.step
+        self._schedule.resumed(self.clock)
 
     def train(self, batches: Batches) -> dict[str, Any]:
-        """Takes one element of `batches`, this worker's share of a global batch, a step; returns the run's summary."""
-        window = _Window()
-        while not self._finished():
-            started = time.monotonic()
-            window.add(self._step(batches))
-            self.clock.seconds = self._agree(self.clock.seconds + time.monotonic() - started)
-            self.clock.step += 1
-            self.clock.samples_seen += self.config.loop.global_batch_size
-            self._save_if_due()
-            if self.clock.step % self.config.loop.log_every == 0:
-                with self.timer.phase("log"):
-                    self._log(window)
-                window = _Window()
-        if window.steps:
-            self._log(window)
-        if self._saved_step != self.clock.step:
-            self._save()
+        """Takes one element of `batches`, this worker's share of a global batch, a step; returns the run's summary.
+
+        A run that was not resumed begins with the weights of `init_from`, where that is set. When the answer is there,
+        the state behind the last step is a committed checkpoint. `stopped` in it is the reason that `signals` gave, or None.
+
+        Raises `TrainingDiverged`, and `CheckpointError` or `OSError` where the last checkpoint or the records of worker 0
+        cannot be written.
+        """
+        try:
+            if self._began_at is None and self.config.init_from is not None:
+                with self.watchdog.waiting(f"the weights of {self.config.init_from}"):
+                    initialise(self.engine, self.config.init_from)
+            if self.rank == 0:
+                with self.watchdog.waiting("the count of the model's FLOPs"):
+                    self._lead = Lead(
+                        self.config, self._saver, self._schedule, device=self.device, signals=self._signals
+                    )
+            with self._lead or nullcontext():
+                self._steps(batches)
+                self._commit()
+        finally:
+            self._profiler.end()
+            self._saver.close()
+            self.watchdog.close()
         return self._summary()
 
-    def _step(self, batches: Batches) -> dict[str, torch.Tensor]:
-        """One optimizer step over this worker's share of the global batch; means of its metrics."""
-        with self.timer.phase("data"):
+    def _steps(self, batches: Batches) -> None:
+        loop, window = self.config.loop, LogWindow()
+        self.timer.window()  # what came before is no part of the first line's time
+        mark = time.monotonic()
+        while not self.clock.finished(loop) and self._stopped is None:
+            self._step(batches, window)
+            self._profiler.step()
+            self.clock.step += 1
+            self.watchdog.step = self.clock.step
+            self.clock.samples_seen += loop.global_batch_size
+            mark, before = time.monotonic(), mark
+            decision = self._agree(mark - before)
+            if not self.clock.finished(loop):  # the last state is saved in any case
+                self._follow(decision)
+            if self.clock.step % loop.log_every == 0:
+                self._log(window)
+                window = LogWindow()
+        if window.steps:
+            self._log(window)
+
+    def _agree(self, seconds: float) -> Decision:
+        """What all workers do after a step that took `seconds`, in the one broadcast of a step."""
+        self.clock.seconds += seconds
+        decision = self._lead.decide(self.clock) if self._lead else Decision(self.clock.seconds)
+        if self.world_size > 1:
+            with self.watchdog.waiting(f"worker 0 after step {self.clock.step}"):
+                decision = decision.shared(self.device)
+        self.clock.seconds = decision.seconds
+        return decision
+
+    def _follow(self, decision: Decision) -> None:
+        if decision.stop:
+            self._stopped = self._lead.stop_reason if self._lead else "worker 0 was asked to stop"
+        elif decision.save:
+            self._save()
+        if decision.profile_steps:
+            self._profiler.begin(step=self.clock.step + 1, steps=decision.profile_steps)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _step(self, batches: Batches, window: LogWindow) -> None:
+        """One optimizer step over this worker's share of the global batch."""
+        number = self.clock.step + 1
+        with self.timer.phase("data"), self.watchdog.waiting(f"the batch of step {number}"):
             batch = next(batches)
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        with self.watchdog.waiting(f"the gradients of step {number}"):
+            means = self._gradients(batch)
+        with self.timer.phase("optimizer"), self.watchdog.waiting(f"the update of step {number}"):
+            expected = self.clock.expected_steps(self.config.loop)
+            norm = self.engine.step(learning_rate_at(self.clock.step, self.config.optimizer, expected))
+        with self.watchdog.waiting(f"what the others saw in step {number}"):
+            seen = self._observations(batch["position"])
+            if math.isfinite(norm):
+                if seen:
+                    self.objective.observe(seen)
+                window.add(means | {"grad_norm": torch.tensor(norm, device=self.device)})
+                self.clock.skipped_in_a_row = 0
+            else:
+                window.skip()
+                self._skip(batch, means["loss"], seen)
+
+    def _gradients(self, batch: Tensors) -> Tensors:
+        """Forward and backward passes of all micro-batches; means of their metrics."""
         # Dropout inside models draws from torch's own generator; keyed so, a resumed step repeats a straight one.
         torch.manual_seed(hash((self.config.seed, self.clock.step, self.rank)))
-        sums: dict[str, torch.Tensor] = {}
+        means: Tensors = {}
         size = self.config.microbatch_size
         for index in range(self.config.accumulation_steps):
             micro = {name: tensor[index * size : (index + 1) * size] for name, tensor in batch.items()}
             with self.timer.phase("forward"):
                 output = self.engine.forward(partial(self._loss, micro))
             with self.timer.phase("backward"):
-                self.engine.backward(output.loss)
+                self.engine.backward(output.loss * _one_or_nan(output.loss))
                 self.objective.after_backward()
             for name, value in ({"loss": output.loss.detach()} | output.metrics).items():
-                sums[name] = sums.get(name, 0.0) + value.float() / self.config.accumulation_steps
-        with self.timer.phase("optimizer"):
-            rate = learning_rate_at(self.clock.step, self.config.optimizer, self._expected_steps())
-            norm = self.engine.step(rate)
-        self._check_finite(norm)
-        self._share_observations(batch["position"])
-        return sums | {"grad_norm": torch.tensor(norm, device=self.device)}
+                means[name] = means.get(name, 0.0) + value.float() / self.config.accumulation_steps
+        return means
 
-    def _loss(self, micro: dict[str, torch.Tensor]) -> LossOutput:
+    def _loss(self, micro: Tensors) -> LossOutput:
         generator = SampleGenerator.for_samples(self.config.seed, micro["position"], self.device)
         return self.objective.loss(self.engine.module, micro, generator)
 
-    def _share_observations(self, positions: torch.Tensor) -> None:
-        """What the samples of all workers have shown, for every worker's objective, in the order of the run."""
-        rows = self.objective.observations()
-        if not rows:
-            return
-        rows = {name: self._gather(column) for name, column in rows.items()}
-        order = self._gather(positions).argsort()
-        self.objective.observe({name: column[order] for name, column in rows.items()})
+    def _observations(self, positions: torch.Tensor) -> Tensors:
+        """What the samples of all workers have shown, in the order of the run."""
+        rows = {name: self._gather(column) for name, column in self.objective.observations().items()}
+        order = self._gather(positions).argsort() if rows else None
+        return {name: column[order] for name, column in rows.items()}
 
     def _gather(self, column: torch.Tensor) -> torch.Tensor:
         """(n,) of this worker -> (world x n,) of all, by rank; as long on every worker."""
@@ -138,81 +216,70 @@ class Trainer:
         distributed.all_gather(columns, column.contiguous())
         return torch.cat(columns)
 
-    def _check_finite(self, grad_norm: float) -> None:
-        self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
-        if self._skipped >= MAX_SKIPPED_STEPS:
+    def _skip(self, batch: Tensors, loss: torch.Tensor, seen: Tensors) -> None:
+        """Counts and records a step without a finite gradient; raises `TrainingDiverged` after too many in a row."""
+        self.clock.skipped_steps += 1
+        self.clock.skipped_in_a_row += 1
+        positions, ids, losses = (self._gather(column) for column in (batch["position"], batch["id"], loss.reshape(1)))
+        order = positions.argsort()
+        last, in_a_row = self.clock.step + 1, self.clock.skipped_in_a_row
+        record = {
+            "step": last,
+            "ids": ids[order].tolist(),
+            "positions": positions[order].tolist(),
+            "worker_losses": _json_numbers(losses),
+        }
+        if "loss" in seen:
+            record["losses"] = _json_numbers(seen["loss"])
+        if self._lead is not None:
+            self._lead.skipped(record)
+        if in_a_row >= self.config.loop.max_skipped_steps:
             raise TrainingDiverged(
-                f"no finite gradient in {self._skipped} steps in a row, up to step {self.clock.step}: lower "
-                "optimizer.learning_rate, or set optimizer.grad_clip"
+                f"no finite gradient in {in_a_row} steps in a row, {last - in_a_row + 1} to {last}: look at the records of "
+                f"their batches, whose ids are in {self.run.skipped_uri}, lower optimizer.learning_rate, or set "
+                "optimizer.grad_clip"
             )
 
-    def _expected_steps(self) -> int:
-        """Steps the run will have; an estimate from the pace so far where time ends it."""
-        limit, loop = self.config.loop.time_limit_s, self.config.loop
-        if limit is None or self.clock.step < 3:
-            return loop.max_steps
-        return max(1, min(loop.max_steps, round(self.clock.step * limit / max(self.clock.seconds, 1e-9))))
-
-    def _finished(self) -> bool:
-        if self.clock.step >= self.config.loop.max_steps:
-            return True
-        limit = self.config.loop.time_limit_s
-        return limit is not None and self.clock.seconds >= limit
-
-    def _save_if_due(self) -> None:
-        if self.clock.seconds - self._saved_seconds >= self.config.loop.checkpoint_every_s:
-            self._save()
+    # --- checkpoints and records --------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        with self.timer.phase("checkpoint"):
-            uri = checkpoint.folder(self.run.checkpoints_uri, self.clock.step)
-            checkpoint.save(uri, self.engine, asdict(self.clock), objective=self.objective.state())
-            if self.rank == 0:
-                checkpoint.collect(self.run.checkpoints_uri, keep_last=self.config.loop.keep_checkpoints)
-        self._saved_step, self._saved_seconds = self.clock.step, self.clock.seconds
+        """Has the state behind the last step saved, while training goes on."""
+        with (
+            self.timer.phase("checkpoint"),
+            self.watchdog.waiting(f"the start of the checkpoint of step {self.clock.step}"),
+        ):
+            self._saver.start(asdict(self.clock), objective=self.objective.state())
+        self._schedule.started(self.clock)
 
-    def _agree(self, seconds: float) -> float:
-        """Worker 0's time, which decides about learning rate, checkpoints and the end: workers must not differ in them."""
-        if self.world_size == 1:
-            return seconds
-        shared = torch.tensor([seconds], dtype=torch.float64, device=self.device)
-        distributed.broadcast(shared, src=0)
-        return float(shared.item())
-
-    def _log(self, window: _Window) -> None:
-        means = window.means(self.world_size, self.device)
-        if self.rank != 0:
+    def _commit(self) -> None:
+        """Saves the last state, if it is not what the run began with, and waits until it counts; tries twice."""
+        if self.clock.step == (self._began_at or 0):
             return
-        rate = window.steps * self.config.loop.global_batch_size / window.elapsed()
-        shares = {f"time_{name}": round(share, 4) for name, share in self.timer.window().shares.items()}
-        self.run.log(
-            {
-                "step": self.clock.step,
-                "max_steps": self.config.loop.max_steps,
-                "samples_seen": self.clock.samples_seen,
-                "seconds": round(self.clock.seconds, 3),
-                "progress": self._progress(),
-                "images_per_second": round(rate, 3),
-                "eta_s": self._eta(),
-                "learning_rate": learning_rate_at(self.clock.step - 1, self.config.optimizer, self._expected_steps()),
-            }
-            | means
-            | shares
-        )
+        for attempts_left in (1, 0):
+            self._save()
+            try:
+                with self.timer.phase("checkpoint"), self.watchdog.waiting(f"the checkpoint of step {self.clock.step}"):
+                    self._saver.wait()
+            except (checkpoint.CheckpointError, OSError) as error:
+                if not attempts_left:
+                    raise
+                _logger.error("the last checkpoint failed, it is tried once more: %s", error)
+                time.sleep(self._schedule.retry_s)
+            else:
+                return
 
-    def _progress(self) -> float:
-        loop = self.config.loop
-        by_time = self.clock.seconds / loop.time_limit_s if loop.time_limit_s else 0.0
-        return min(1.0, max(self.clock.step / loop.max_steps, by_time))
-
-    def _eta(self) -> float:
-        progress = self._progress()
-        return round(self.clock.seconds * (1.0 - progress) / max(progress, 1e-9), 1)
+    def _log(self, window: LogWindow) -> None:
+        with self.timer.phase("log"), self.watchdog.waiting(f"the metrics of step {self.clock.step}"):
+            means, memory = window.close(self.world_size, self.device)
+        if self._lead is not None:
+            rate = window.images_per_second(self.config.loop.global_batch_size)
+            self._lead.metrics(self.clock, means, self.timer.window().shares, rate=rate, memory=memory)
 
     def _summary(self) -> dict[str, Any]:
         timing = self.timer.total()
         return asdict(self.clock) | {
             "stage": self.config.stage,
+            "stopped": self._stopped,
             "world_size": self.world_size,
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.model.parameters()),
             "time_s": {name: round(seconds, 3) for name, seconds in timing.seconds.items()},
@@ -220,27 +287,11 @@ class Trainer:
         }
 
 
-class _Window:
-    """Sums of metrics since the last log line."""
+def _one_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """1, or NaN where the loss is not finite: times that, no such loss has a finite gradient, and nobody waits to look."""
+    return torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._started = time.monotonic()
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        self.steps += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def elapsed(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
-
-    def means(self, world_size: int, device: torch.device) -> dict[str, float]:
-        """Means over the window's steps and all workers; a collective call."""
-        names = sorted(self._sums)
-        values = torch.stack([torch.as_tensor(self._sums[name]).to(device) for name in names]) / self.steps
-        if world_size > 1:
-            distributed.all_reduce(values)
-            values /= world_size
-        return dict(zip(names, values.tolist(), strict=True))
+def _json_numbers(values: torch.Tensor) -> list[float | None]:
+    """JSON knows neither NaN nor infinity."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]

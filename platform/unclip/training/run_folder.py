@@ -1,4 +1,16 @@
-"""The run folder: resolved configuration, versions, metrics and progress of one training run."""
+"""The run folder: configuration, versions and everything that a training run tells about itself, each file under one name.
+
+    RUN/config.json  versions.json  summary.json   what it is, what it ran with, what it came to
+        metrics.jsonl  progress.json               a record a log window; the newest of them
+        skipped.jsonl                              steps that changed nothing, with the records of their batches
+        validation.jsonl  samples/                 held-out losses and sample grids, by a process of their own
+        restarts.jsonl                             what ended a group of workers before the run was over
+        stalls/rank-00001.json                     what workers waited for when they had waited too long
+        profile.json  profiles/                    a request for a profile; traces and tables
+        checkpoints/
+
+A run that goes on from a checkpoint does again what came behind it, so the records of steps repeat: those written last count.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +32,21 @@ _MAY_CHANGE = {
     "data_identity": True,  # has a check, and a sentence, of its own
     "resources": True,
     "zero": True,
-    "loop": {"max_steps", "microbatch_size", "time_limit_s", "log_every", "checkpoint_every_s", "keep_checkpoints"},
+    "loop": {
+        "max_steps",
+        "microbatch_size",
+        "time_limit_s",
+        "log_every",
+        "checkpoint_every_s",
+        "keep_checkpoints",
+        "keep_every_steps",
+        "max_skipped_steps",
+        "stall_limit_s",
+    },
+    "resume": True,
+    "init_from": True,
+    "validation": True,
+    "reporting": True,
 }
 """What a continued run may change without becoming another run: True for a whole section."""
 
@@ -32,7 +58,14 @@ class RunFolder:
         self.uri = storage.absolute(uri)
         self.checkpoints_uri = storage.join(self.uri, "checkpoints")
         self.progress_uri = storage.join(self.uri, "progress.json")
-        self._metrics_uri = storage.join(self.uri, "metrics.jsonl")
+        self.metrics_uri = storage.join(self.uri, "metrics.jsonl")
+        self.skipped_uri = storage.join(self.uri, "skipped.jsonl")
+        self.validation_uri = storage.join(self.uri, "validation.jsonl")
+        self.samples_uri = storage.join(self.uri, "samples")
+        self.restarts_uri = storage.join(self.uri, "restarts.jsonl")
+        self.stalls_uri = storage.join(self.uri, "stalls")
+        self.profile_request_uri = storage.join(self.uri, "profile.json")
+        self.profiles_uri = storage.join(self.uri, "profiles")
         self._summary_uri = storage.join(self.uri, "summary.json")
 
     def check(self, config: TrainConfig) -> None:
@@ -56,20 +89,21 @@ class RunFolder:
         storage.write_json(storage.join(self.uri, "config.json"), config.to_dict())
         storage.write_json(storage.join(self.uri, "versions.json"), versions())
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Adds a line of metrics and shows it as the run's progress."""
-        storage.append_line(self._metrics_uri, json.dumps(record))
-        storage.write_json(self.progress_uri, record)
+    def append(self, uri: str, record: Mapping[str, Any]) -> None:
+        """Adds a record to one of the run's `….jsonl` files. Each has one writer."""
+        storage.append_line(uri, json.dumps(record))
+
+    def lines(self, uri: str) -> list[dict[str, Any]]:
+        """All records of one of the run's `….jsonl` files as they were written; empty where there is none."""
+        return [json.loads(line) for line in storage.read_lines(uri)]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of the run as it went, by step: a restart takes back what was logged behind its checkpoint."""
-        records: list[dict[str, Any]] = []
-        for line in storage.read_lines(self._metrics_uri):
-            record = json.loads(line)
-            while records and records[-1]["step"] >= record["step"]:
-                records.pop()
-            records.append(record)
-        return records
+        return _as_it_went(self.lines(self.metrics_uri))
+
+    def skipped(self) -> list[dict[str, Any]]:
+        """The steps that changed nothing, as the run went."""
+        return _as_it_went(self.lines(self.skipped_uri))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Stores what the run came to."""
@@ -89,6 +123,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # shipped by a runtime environment, not installed
             found[name] = "not installed"
     return found
+
+
+def _as_it_went(written: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for record in written:
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
+    return records
 
 
 def _git_commit() -> str:

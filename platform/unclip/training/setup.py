@@ -16,7 +16,9 @@ from unclip.data.order import RunOrder, batch_shares
 from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.bundle import ClipReference, check_clip
 from unclip.pipelines.stages.classifier import MAX_CLASSES
+from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
+from unclip.training.initialise import check_source
 from unclip.training.objectives.classifier import ClassifierObjectiveConfig
 from unclip.training.objectives.decoder import DecoderObjectiveConfig
 from unclip.training.run_folder import RunFolder
@@ -78,9 +80,29 @@ def prepare_run(config: TrainConfig) -> PreparedRun:
     order = _order(config, manifests)
     config = config.merged({"data_identity": [records_identity(manifest) for manifest in manifests]})
     RunFolder(config.run).check(config)
+    check_beginning(config)
     if config.bundle is not None:
         _check_bundle(config)
     return PreparedRun(config, manifests, spec, order)
+
+
+def check_beginning(config: TrainConfig) -> None:
+    """Raises `ConfigError` where what the run should go on with, or begin with, is not there or does not fit."""
+    try:
+        newest = checkpoint.latest(RunFolder(config.run).checkpoints_uri)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"run = {config.run!r}: {error}") from None
+    if config.resume == "require" and newest is None:
+        raise ConfigError(
+            f"resume = 'require': run = {config.run!r} holds no complete checkpoint; set resume=auto to begin a new run"
+        )
+    if config.resume == "refuse" and newest is not None:
+        raise ConfigError(
+            f"resume = 'refuse': run = {config.run!r} holds a checkpoint of step {newest.step}; choose another run "
+            "folder, or set resume=auto to go on with it"
+        )
+    if newest is None and config.init_from is not None:
+        check_source(config.init_from, config)
 
 
 def _check_bundle(config: TrainConfig) -> None:
@@ -119,6 +141,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
             "others": [other.merged({"path": storage.absolute(other.path)}).to_dict() for other in config.data.others],
         },
         "bundle": storage.absolute(config.bundle) if config.bundle else None,
+        "init_from": storage.absolute(config.init_from) if config.init_from else None,
+        "validation": {"data": storage.absolute(config.validation.data) if config.validation.data else None},
     }
     if config.clip:
         changes["clip"] = absolute_clip(config.clip)

@@ -8,8 +8,9 @@ named 1-D slices, which can be cut anew for any layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +28,8 @@ Read = Callable[[str, str, int, int], torch.Tensor]
 class Fragment:
     """Elements `start … start + numel` of the flattened parameter `name` of that `shape`.
 
-    `tensors` maps each of `KINDS` to a (numel,) view of the live state: writing to it changes the state.
+    `tensors` maps each of `KINDS` to a (numel,) view of the live state, valid until the next fragment is asked for:
+    state on disk is in memory only that long.
     """
 
     name: str
@@ -39,14 +41,16 @@ class Fragment:
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
     """This rank's slices. Those of all ranks do not overlap and together hold every element of every parameter."""
-    for fragment in _held(engine):
+    for fragment in _held(engine, changed=False):
         yield _share(fragment, engine.rank, engine.world_size) if engine.stage == 0 else fragment
 
 
 @torch.no_grad()
 def restore(engine: Engine, read: Read, step: int) -> None:
     """Fills weights, moments and averages from `read`, and sets the count of optimizer steps. Collective."""
-    for fragment in _held(engine):
+    if engine.stage == 3:
+        engine.zero_optimizer._partition_all_parameters()
+    for fragment in _held(engine, changed=True):
         for kind, tensor in fragment.tensors.items():
             tensor.copy_(read(fragment.name, kind, fragment.start, fragment.numel))
     for state in engine.optimizer.state.values():
@@ -70,10 +74,13 @@ def buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _held(engine: Engine) -> Iterator[Fragment]:
-    """All that this rank keeps: at stage 0 every parameter in full, else its partition."""
-    held = {0: _replicated, 1: _flat_partitions, 2: _flat_partitions, 3: _parameter_partitions}[engine.stage]
-    return (fragment for fragment in held(engine) if fragment.numel)
+def _held(engine: Engine, *, changed: bool) -> Iterator[Fragment]:
+    """All that this rank keeps: at stage 0 every parameter in full, else its partition. `changed`: it is written to."""
+    if engine.stage == 3:
+        held = _parameter_partitions(engine, changed)
+    else:
+        held = _flat_partitions(engine) if engine.stage else _replicated(engine)
+    return (fragment for fragment in held if fragment.numel)
 
 
 def _replicated(engine: Engine) -> Iterator[Fragment]:
@@ -95,18 +102,38 @@ def _flat_partitions(engine: Engine) -> Iterator[Fragment]:
             yield Fragment(engine.names[parameter], start, inside.numel, tuple(parameter.shape), views)
 
 
-def _parameter_partitions(engine: Engine) -> Iterator[Fragment]:
+def _parameter_partitions(engine: Engine, changed: bool) -> Iterator[Fragment]:
     """Stage 3: a rank has an equal part of each parameter, the last ones padded to it."""
-    zero = engine.zero_optimizer
-    for parameters, partition in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        offset = 0
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            start = min(engine.rank * size, parameter.ds_numel)
-            numel = min(size, parameter.ds_numel - start)
-            views = _views(engine, partition, offset, numel)
-            yield Fragment(engine.names[parameter], start, numel, tuple(parameter.ds_shape), views)
-            offset += size
+    for group, parameters in enumerate(engine.zero_optimizer.fp16_groups):
+        with _in_memory(engine, group, changed) as partition:
+            offset = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start = min(engine.rank * size, parameter.ds_numel)
+                numel = min(size, parameter.ds_numel - start)
+                views = _views(engine, partition, offset, numel)
+                yield Fragment(engine.names[parameter], start, numel, tuple(parameter.ds_shape), views)
+                offset += size
+
+
+@contextmanager
+def _in_memory(engine: Engine, group: int, changed: bool) -> Iterator[torch.Tensor]:
+    """Stage 3's flat partition of a group, read from disk where it lies there, and written back where it was changed."""
+    zero: Any = engine.zero_optimizer
+    partition: torch.Tensor = zero.fp32_partitioned_groups_flat[group]
+    swapped = zero._swappable_optimizer_subgroup(group)
+    write = changed or partition not in engine.optimizer.state  # moments are made at the first look
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield partition
+        if changed:  # the weights that compute are copies
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+    finally:
+        if swapped and write:
+            zero._optimizer_states_and_gradient_swap_out(group)
+        elif swapped:
+            zero._release_swap_buffers(group)
 
 
 def _views(engine: Engine, updated: torch.Tensor, start: int, numel: int) -> dict[str, torch.Tensor]:
@@ -124,14 +151,9 @@ def _share(fragment: Fragment, rank: int, world_size: int) -> Fragment:
 
 
 def _refresh_module(engine: Engine) -> None:
-    """Brings the module's weights up to what the optimizer holds."""
+    """Brings the module's weights up to what the optimizer holds, as the optimizer's own step ends."""
     zero = engine.zero_optimizer
     if engine.stage in (1, 2):
         zero.update_lp_params()
-    elif engine.stage == 3:
-        # As the optimizer's own step ends: partitions first, then the small parameters that every rank keeps whole.
-        zero._partition_all_parameters()
-        for group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif engine.stage == 3 and zero.persistent_parameters:  # small ones, which every rank keeps whole
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

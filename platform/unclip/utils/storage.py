@@ -10,10 +10,10 @@ import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -67,7 +67,7 @@ def names(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     try:
         entries = [str(entry).rstrip("/") for entry in fs.ls(path, detail=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # Some tools mark a folder on an object store by an empty object of its name.
     return sorted(posixpath.basename(entry) for entry in entries if entry != path.rstrip("/"))
@@ -77,6 +77,16 @@ def size(uri: str) -> int | None:
     """Bytes of a file; None where there is none."""
     info = _info(uri)
     return int(info["size"]) if info is not None and info["type"] == "file" else None
+
+
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file directly under a folder by its name, by one listing; empty where the folder does not exist."""
+    fs, path = filesystem(uri)
+    try:
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
 
 def _info(uri: str) -> dict[str, Any] | None:
@@ -109,6 +119,17 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
+def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes `start … stop` of a file for each of `ranges`; object stores are asked for all of them at once."""
+    fs, path = filesystem(uri)
+    starts, stops = ([edge[i] for edge in ranges] for i in (0, 1))
+    pieces: list[bytes] = fs.cat_ranges([path] * len(ranges), starts, stops, on_error="raise")
+    for (start, stop), piece in zip(ranges, pieces, strict=True):
+        if len(piece) != stop - start:
+            raise OSError(f"{uri} ends before its byte {stop}")
+    return pieces
+
+
 def write_bytes(uri: str, content: bytes) -> None:
     """Writes a file so that readers see the old content or the new one, never a part."""
     fs, path = filesystem(uri)
@@ -136,7 +157,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def append_line(uri: str, line: str) -> None:
-    """Adds one line to a file. There must be one writer.
+    """Adds one line to a file, whole or not at all. There must be one writer.
 
     Object stores cannot add to what is there: on them `uri` is a folder of parts, of which the last one is written anew
     with each line until it has `PART_LINES`. So a line is safe when the call returns, and its cost does not grow.
@@ -144,8 +165,15 @@ def append_line(uri: str, line: str) -> None:
     if is_local(uri):
         path = Path(absolute(uri))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("ab+") as file:
+            end = _end_of_lines(file)
+            try:
+                file.truncate(end)
+                file.write(f"{line}\n".encode())
+                file.flush()
+            except OSError:  # a full disk takes a part of it
+                os.truncate(path, end)
+                raise
         return
     parts = names(uri)
     lines = _lines(join(uri, parts[-1])) if parts else []
@@ -154,6 +182,19 @@ def append_line(uri: str, line: str) -> None:
     else:
         number, lines = len(parts), []
     write_bytes(join(uri, f"{number:08d}"), "".join(f"{text}\n" for text in [*lines, line]).encode())
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line ends: a writer that was killed may have left a part of another behind it."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def read_lines(uri: str) -> list[str]:
@@ -182,14 +223,19 @@ def local_file(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def local_target(uri: str) -> Iterator[Path]:
-    """A local path to write, which becomes `uri` when the block ends without an error: renamed, or uploaded."""
+    """A local path to write, which becomes `uri` when the block ends without an error: renamed, or uploaded.
+
+    The file is on stable storage then: a machine that loses power right after keeps it, and all written so before.
+    """
     fs, path = filesystem(uri)
     if is_local(uri):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
         try:
             yield temporary
+            _sync(temporary)
             os.replace(temporary, path)
+            _sync(temporary.parent)
         finally:
             temporary.unlink(missing_ok=True)
         return
@@ -197,6 +243,14 @@ def local_target(uri: str) -> Iterator[Path]:
         target = Path(folder) / posixpath.basename(path)
         yield target
         fs.put_file(str(target), path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(uri: str) -> None:

@@ -1,7 +1,9 @@
-"""Checkpoints of one process; tests/distributed/test_zero.py has several, and every ZeRO stage."""
+"""Checkpoints of one process; tests/distributed/test_saver.py has several, other ZeRO stages, and what goes wrong."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from unclip.training import checkpoint, zero_state
@@ -16,6 +19,7 @@ from unclip.training.checkpoint import CheckpointError
 from unclip.training.engine import Engine, ZeroConfig
 from unclip.training.export import export_weights, full_state_dict
 from unclip.training.optim import OptimizerConfig
+from unclip.training.saver import Saver
 from unclip.utils import storage
 
 
@@ -46,10 +50,15 @@ def train(engine: Engine) -> Engine:
     return engine
 
 
-def save(uri: str, engine: Engine, step: int) -> str:
-    folder = checkpoint.folder(uri, step)
-    checkpoint.save(folder, engine, {"step": step, "samples_seen": 4 * step})
-    return folder
+def save(uri: str, engine: Engine, step: int, objective: dict[str, torch.Tensor] | None = None) -> str:
+    saver = Saver(uri, engine, facts={"seed": 5}, keep_last=100, keep_every_steps=None, limit_s=60)
+    saver.start({"step": step, "samples_seen": 4 * step}, objective=objective)
+    saver.wait()
+    return checkpoint.folder(uri, step)
+
+
+def file_of(folder: str) -> str:
+    return next(storage.join(folder, name) for name in storage.names(folder) if name.startswith("rank-"))
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
@@ -67,10 +76,10 @@ def test_state_step_and_buffers_come_back(uri: str) -> None:
     save(uri, engine, 7)
     found = checkpoint.latest(uri)
     assert found
-    assert (found.step, found.state) == (7, {"step": 7, "samples_seen": 28})
+    assert (found.step, found.state, found.run) == (7, {"step": 7, "samples_seen": 28}, {"seed": 5})
 
     other = new_engine(stage=0)
-    checkpoint.load(found, other, verify=True)
+    checkpoint.load(found, other)
     assert other.steps == 2
     assert [float(state["step"]) for state in other.optimizer.state.values()] == [2.0, 2.0]
     expected = state_of(engine)
@@ -83,11 +92,11 @@ def test_state_step_and_buffers_come_back(uri: str) -> None:
 def test_the_objectives_state_comes_back_to_the_bit(uri: str) -> None:
     engine = new_engine()
     state = {"losses": torch.rand(3, 10), "losses_seen": torch.tensor([2**40, 0, 7])}
-    checkpoint.save(checkpoint.folder(uri, 1), engine, {"step": 1}, objective=state)
+    save(uri, engine, 1, objective=state)
     found = checkpoint.latest(uri)
     assert found
     assert found.manifest["objective"] == {"losses": [3, 10], "losses_seen": [3]}
-    loaded = checkpoint.load(found, new_engine(), verify=True)
+    loaded = checkpoint.load(found, new_engine())
     assert loaded.keys() == state.keys()
     assert all(loaded[name].dtype == value.dtype and torch.equal(loaded[name], value) for name, value in state.items())
     save(uri, engine, 2)
@@ -131,23 +140,27 @@ def test_incomplete_checkpoints_do_not_count(uri: str) -> None:
     engine = new_engine()
     folders = {step: save(uri, engine, step) for step in (1, 2, 3, 10)}
     storage.remove(storage.join(folders[3], "manifest.json"))
-    file = storage.join(folders[10], "rank-00000-of-00001.safetensors")
+    file = file_of(folders[10])
     storage.write_bytes(file, storage.read_bytes(file)[:-1])
-    storage.remove(storage.join(folders[2], "rank-00000-of-00001.safetensors"))
+    storage.remove(file_of(folders[2]))
     storage.write_bytes(storage.join(uri, "notes", "manifest.json"), b"{}")
     assert [found.step for found in checkpoint.committed(uri)] == [1]
     assert checkpoint.committed(storage.join(uri, "nowhere")) == []
     assert checkpoint.latest(storage.join(uri, "nowhere")) is None
 
 
-def test_damage_is_noticed_when_asked(uri: str) -> None:
+def test_damage_is_noticed_and_says_what_to_do(uri: str) -> None:
     engine = new_engine()
-    file = storage.join(save(uri, engine, 1), "rank-00000-of-00001.safetensors")
+    folder = save(uri, engine, 1)
+    file = file_of(folder)
     content = bytearray(storage.read_bytes(file))
     content[-1] ^= 1
     storage.write_bytes(file, bytes(content))
-    with pytest.raises(CheckpointError, match=r"rank-00000-of-00001.safetensors is damaged"):
-        checkpoint.load(checkpoint.committed(uri)[0], engine, verify=True)
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged.*delete the folder {folder} "):
+        checkpoint.load(checkpoint.committed(uri)[0], engine)
+    storage.write_bytes(storage.join(folder, "manifest.json"), b"{")
+    with pytest.raises(CheckpointError, match=rf"{folder}/manifest.json is damaged.*delete the folder {folder} "):
+        checkpoint.latest(uri)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -165,20 +178,45 @@ def test_collect_keeps_the_newest_complete_ones(uri: str) -> None:
         save(uri, engine, step)
     storage.remove(storage.join(checkpoint.folder(uri, 200), "manifest.json"))
     storage.write_bytes(storage.join(uri, "notes.txt"), b"mine")
+    storage.write_bytes(storage.join(uri, "step-00000100", "rank-00000-of-00003-dead.safetensors"), b"leftover")
     checkpoint.collect(uri, keep_last=2)
     assert storage.names(uri) == ["notes.txt", "step-00000030", "step-00000100"]
+    assert len(storage.names(storage.join(uri, "step-00000100"))) == 2
     with pytest.raises(ValueError, match="keep_last must be at least 1, not 0"):
         checkpoint.collect(uri, keep_last=0)
 
 
-def test_files_hold_no_pickles(tmp_path: Path) -> None:
-    folder = Path(save(str(tmp_path), train(new_engine()), 1))
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rank-00000-of-00001.safetensors"]
+def test_collect_keeps_some_for_good(uri: str) -> None:
+    engine = new_engine()
+    for step in (3, 4, 6, 8, 9, 10):
+        save(uri, engine, step)
+    storage.remove(storage.join(checkpoint.folder(uri, 6), "manifest.json"))
+    checkpoint.collect(uri, keep_last=1, keep_every_steps=3)
+    assert [found.step for found in checkpoint.committed(uri)] == [3, 9, 10]
+    assert len(storage.names(uri)) == 3
+
+
+def test_files_are_what_others_read_too_and_hold_no_pickles(tmp_path: Path) -> None:
+    engine = train(new_engine())
+    engine.module.statistics.fill_(3.0)
+    folder = Path(save(str(tmp_path), engine, 1, objective={"seen": torch.tensor([1, 2]), "none": torch.zeros(0, 3)}))
+    file, manifest = sorted(folder.iterdir(), reverse=True)
+    assert (file.suffix, manifest.name) == (".safetensors", "manifest.json")
+    entry = json.loads(manifest.read_text())["files"][0]
+    assert (entry["name"], entry["bytes"]) == (file.name, file.stat().st_size)
+    assert entry["sha256"] == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    tensors = load_file(file)
+    assert tensors["buffer/statistics"].tolist() == [3.0, 3.0]
+    assert tensors["objective/seen"].tolist() == [1, 2]
+    assert tensors["objective/none"].shape == (0, 3)
+    for key, value in state_of(engine).items():
+        assert torch.equal(tensors[key], value)
 
 
 def test_the_loop_must_say_its_step(tmp_path: Path) -> None:
+    saver = Saver(str(tmp_path), new_engine(), facts={}, keep_last=1, keep_every_steps=None, limit_s=60)
     with pytest.raises(ValueError, match="'step'"):
-        checkpoint.save(str(tmp_path), new_engine(), {"samples_seen": 3})
+        saver.start({"samples_seen": 3}, objective=None)
 
 
 def test_frozen_parameters_are_refused() -> None:

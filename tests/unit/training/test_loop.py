@@ -2,105 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.support.embedded import embed, save_clip
+from tests.support.embedded import embed
+from tests.support.loop_runs import (
+    LOSS_AWARE,
+    Records,
+    killed,
+    let_saves_end,
+    metrics,
+    objective_state,
+    prepare,
+    run,
+    same,
+    start,
+    stored,
+)
 from tests.support.streams import local_batches
 
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.models.clip import load_clip
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.text_to_image import Pipeline
-from unclip.recipes import RECIPES
-from unclip.recipes.clip import tiny_architecture
-from unclip.training import checkpoint, loop
-from unclip.training.checkpoint import CheckpointError, FragmentReader
+from unclip.training import checkpoint
+from unclip.training.checkpoint import CheckpointError
 from unclip.training.export import full_state_dict
-from unclip.training.loop import Batches, Trainer, TrainingDiverged
 from unclip.training.objectives.clip import ClipObjective
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder
-from unclip.training.setup import PreparedRun, prepare_run
-from unclip.training.zero_state import KINDS
-
-CPU = torch.device("cpu")
-Records = dict[str, str]
-"""Folders: `64` and `256` with pictures, `embedded` with embeddings too, and `clip`, which made those."""
-
-
-@pytest.fixture(scope="module")
-def records(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Records:
-    root = tmp_path_factory.mktemp("loop")
-    clip = save_clip(str(root), tiny_architecture())
-    pictures = {size: f"{openmoji}/{size}/train" for size in ("64", "256")}
-    return pictures | {"clip": clip, "embedded": embed(pictures["64"], str(root / "embedded"), clip)}
-
-
-def prepare(stage: str, root: Path, records: Records, **changes: Any) -> PreparedRun:
-    """The stage's debug recipe with all its paths under `root`."""
-    needs_clip = stage in ("prior", "decoder")
-    data = records["embedded"] if needs_clip else records["64" if stage == "clip" else "256"]
-    places = {
-        "run": str(root / stage),
-        "bundle": str(root / "bundle"),
-        "data": {"path": data},
-        "clip": records["clip"] if needs_clip else None,
-    }
-    return prepare_run(RECIPES[stage]["debug"]().merged(places).merged(changes))  # type: ignore[index]
-
-
-def start(prepared: PreparedRun) -> Trainer:
-    """As a worker starts: a new trainer that goes on from what the run folder holds."""
-    RunFolder(prepared.config.run).open(prepared.config)
-    trainer = Trainer(prepared.config, rank=0, device=CPU)
-    newest = checkpoint.latest(trainer.run.checkpoints_uri)
-    if newest is not None:
-        trainer.resume(newest)
-    return trainer
-
-
-def run(prepared: PreparedRun) -> dict[str, Any]:
-    trainer = start(prepared)
-    return trainer.train(local_batches(prepared, start=trainer.clock.samples_seen))
-
-
-def stored(prepared: PreparedRun) -> dict[str, torch.Tensor]:
-    """Weights, moments and averages of the newest checkpoint."""
-    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
-    assert newest is not None
-    with FragmentReader(newest, verify=True) as reader:
-        return {
-            f"{kind}/{name}": reader.read(name, kind, 0, math.prod(shape))
-            for name, shape in newest.shapes.items()
-            for kind in KINDS
-        }
-
-
-def objective_state(prepared: PreparedRun) -> dict[str, torch.Tensor]:
-    """That of the newest checkpoint, as its manifest lists it."""
-    newest = checkpoint.latest(RunFolder(prepared.config.run).checkpoints_uri)
-    assert newest is not None
-    with FragmentReader(newest) as reader:
-        return {name: reader.read_objective(name) for name in newest.manifest["objective"]}
-
-
-def metrics(prepared: PreparedRun) -> list[dict[str, Any]]:
-    """What was logged, without what the clock says."""
-    timed = ("time_", "seconds", "images_per_second", "eta_s", "progress", "max_steps")
-    records = RunFolder(prepared.config.run).metrics()
-    return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in records]
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
+from unclip.training.setup import PreparedRun
 
 # --- the whole chain --------------------------------------------------------------------------------------------------
 
@@ -179,13 +114,6 @@ def test_a_run_in_two_halves_is_the_run_in_one(tmp_path: Path, records: Records)
     assert same(stored(rest), stored(whole))
 
 
-LOSS_AWARE: dict[str, Any] = {
-    "loss": {"timestep_sampling": "loss_aware"},
-    "stage": {"diffusion": {"num_train_timesteps": 2}, "sampling": {"num_inference_steps": 2}},
-}
-"""Two timesteps have ten losses each after some six steps of four samples."""
-
-
 def test_what_loss_aware_draws_have_learned_is_part_of_a_run(tmp_path: Path, records: Records) -> None:
     """Halves stop while draws are uniform and when they no longer are; the history goes on in either case."""
     whole = prepare("decoder", tmp_path / "whole", records, objective=LOSS_AWARE, loop={"max_steps": 14})
@@ -213,11 +141,12 @@ def test_a_killed_run_logs_nothing_twice(tmp_path: Path, records: Records) -> No
     changes: dict[str, Any] = {"loop": {"max_steps": 6, "keep_checkpoints": 9}}
     prepared = prepare("prior", tmp_path, records, **changes)
     with pytest.raises(RuntimeError, match="killed"):
-        start(prepared).train(_killed(local_batches(prepared), after=4))
+        start(prepared).train(killed(local_batches(prepared), after=4))
+    let_saves_end()
     assert len(metrics(prepared)) == 4
     run_folder = RunFolder(prepared.config.run)
     for step in (3, 4):
-        (Path(checkpoint.folder(run_folder.checkpoints_uri, step)) / "manifest.json").unlink()
+        (Path(checkpoint.folder(run_folder.checkpoints_uri, step)) / "manifest.json").unlink(missing_ok=True)
     assert start(prepared).clock.step == 2
     run(prepared)
     assert len((Path(prepared.config.run) / "metrics.jsonl").read_text().splitlines()) == 8
@@ -226,11 +155,6 @@ def test_a_killed_run_logs_nothing_twice(tmp_path: Path, records: Records) -> No
     assert [record["step"] for record in metrics(prepared)] == [1, 2, 3, 4, 5, 6]
     assert metrics(prepared) == metrics(other)
     assert same(stored(prepared), stored(other))
-
-
-def _killed(batches: Batches, *, after: int) -> Batches:
-    yield from itertools.islice(batches, after)
-    raise RuntimeError("killed")
 
 
 def test_metrics_are_means_over_the_window(tmp_path: Path, records: Records) -> None:
@@ -275,34 +199,6 @@ def test_time_ends_a_run_and_is_not_counted_twice(tmp_path: Path, records: Recor
     assert second["seconds"] >= first["seconds"] + 0.1
     phases = sum(second["time_s"][name] for name in ("data", "forward", "backward", "optimizer"))
     assert phases <= second["seconds"] - first["seconds"] + 0.01  # what came before the restart is in there once
-
-
-def _spoiled(batches: Batches, bad_steps: set[int]) -> Iterator[dict[str, torch.Tensor]]:
-    for step, batch in enumerate(batches):
-        yield batch | {"image_embed": batch["image_embed"] * (math.nan if step in bad_steps else 1.0)}
-
-
-def test_a_run_without_finite_gradients_ends_with_an_error(tmp_path: Path, records: Records) -> None:
-    prepared = prepare("prior", tmp_path, records, loop={"max_steps": 50})
-    trainer = start(prepared)
-    batches = _spoiled(local_batches(prepared), set(range(3, 50)))
-    with pytest.raises(TrainingDiverged, match=r"10 steps in a row, up to step 12: lower optimizer\.learning_rate"):
-        trainer.train(batches)
-    assert loop.MAX_SKIPPED_STEPS == 10
-    diverged = stored(prepared)
-    assert all(value.isfinite().all() for value in diverged.values())
-    three = prepare("prior", tmp_path / "three", records, loop={"max_steps": 3})
-    run(three)
-    assert same(diverged, stored(three))
-    assert trainer.engine.steps == 3
-
-
-def test_a_run_outlives_fewer_bad_steps(tmp_path: Path, records: Records) -> None:
-    prepared = prepare("prior", tmp_path, records, loop={"max_steps": 20})
-    bad = set(range(9)) | set(range(10, 19))
-    trainer = start(prepared)
-    assert trainer.train(_spoiled(local_batches(prepared), bad))["step"] == 20
-    assert trainer.engine.steps == 2
 
 
 # --- sharpness-aware minimisation through DeepSpeed -------------------------------------------------------------------

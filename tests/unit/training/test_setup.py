@@ -451,5 +451,5 @@ def test_metrics_of_a_restarted_run_are_those_of_the_run_as_it_went(tmp_path: Pa
     run = RunFolder(str(tmp_path / "run"))
     assert run.metrics() == []
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (3, 0.71)):
-        run.log({"step": step, "loss": loss})
+        run.append(run.metrics_uri, {"step": step, "loss": loss})
     assert run.metrics() == [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8}, {"step": 3, "loss": 0.71}]

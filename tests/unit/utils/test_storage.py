@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,24 @@ def test_lines_grow_a_file(root: str) -> None:
         assert storage.names(log) == ["00000000", "00000001"]
     storage.remove(log)
     assert not storage.exists(log)
+
+
+@pytest.mark.parametrize("left_behind", [b"", b'{"step": 2, "lo', b"x" * 5000])
+def test_a_line_after_half_a_line_is_whole(tmp_path: Path, left_behind: bytes) -> None:
+    """What a writer that was killed in the middle of a line left is neither read nor continued."""
+    log = tmp_path / "log.jsonl"
+    storage.append_line(str(log), "first")
+    log.write_bytes(log.read_bytes() + left_behind)
+    assert storage.read_lines(str(log)) == ["first"]
+    storage.append_line(str(log), "second")
+    assert storage.read_lines(str(log)) == ["first", "second"]
+
+
+def test_half_a_line_alone_is_none(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"x" * 9000)
+    storage.append_line(str(log), "first")
+    assert storage.read_lines(str(log)) == ["first"]
 
 
 def test_what_lies_under_a_file_does_not_exist(tmp_path) -> None:

@@ -14,7 +14,7 @@ from unclip.data.batches import BatchSpec
 from unclip.data.pca import PrincipalComponents
 from unclip.models.ar_prior import code_losses
 from unclip.pipelines.stages import ARPriorStageConfig
-from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective, Rows
 from unclip.training.objectives.embeddings import check_embed_dim
 from unclip.training.objectives.prior import caption_and_embeddings, prior_condition
 from unclip.utils import storage
@@ -84,10 +84,14 @@ class ARPriorObjective(Objective):
         self._encode = model.encode
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+        return LossOutput.mean_of(self.losses(model, batch, generator, None))
+
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
         cond = prior_condition(batch, generator, self.config.text_drop_prob)
         dots, codes = self._encode(batch["image_embed"], cond.text_embed)
         dot_loss, code_loss = code_losses(model(dots, codes, cond), dots, codes)
         dot_loss = dot_loss * ~cond.text_dropped  # what was dropped is not to be learned from nothing
         losses = (dot_loss + code_loss.sum(dim=1)) / (1 + codes.shape[1])
-        metrics = {"dot_loss": dot_loss.detach().mean(), "code_loss": code_loss.detach().mean()}
-        return LossOutput(losses.mean(), metrics)
+        return {"loss": losses, "dot_loss": dot_loss.detach(), "code_loss": code_loss.detach().mean(dim=1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -32,6 +32,12 @@ class LossOutput:
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def mean_of(cls, rows: Rows) -> Self:
+        """The means of what `Objective.losses` answers."""
+        metrics = {name: column.detach().mean() for name, column in rows.items() if name != "loss"}
+        return cls(rows["loss"].mean(), metrics)
+
 
 class Objective(ABC):
     """What a stage trains: a module and its loss.
@@ -45,6 +51,22 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
         """The loss of one micro-batch. `model` is `self.model`, possibly wrapped; `generator` has a stream a sample."""
+
+    @abstractmethod
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
+        """What `loss` is the mean of, at given timesteps: `loss` (B,), with gradient, and metrics, one of each a sample.
+
+        `timesteps` (B,) int64 are wanted by objectives that noise their samples, for which `loss` draws them; its
+        expectation is the mean of these losses over all timesteps alike. They are None for the others. All else, such as
+        dropped conditions, comes from the samples' streams as it does in `loss`.
+        """
+
+    @property
+    def num_train_timesteps(self) -> int | None:
+        """T of an objective that noises its samples; None for the others."""
+        return None
 
     def after_backward(self) -> None:  # noqa: B027  most objectives have nothing to undo
         """Called when the gradient of a micro-batch has been taken."""
@@ -119,6 +141,15 @@ class DenoisingLoss:
     def __call__(self, model: nn.Module, x_start: torch.Tensor, cond: Any, generator: SampleGenerator) -> LossOutput:
         """The loss of a micro-batch `x_start` (B, ...) under `cond`; `generator` has a stream a sample."""
         timesteps, weights = self._draw(generator)
+        rows = self.at(timesteps, model, x_start, cond, generator)
+        if self._history is not None and torch.is_grad_enabled():  # an evaluation teaches nothing
+            self._seen.append((timesteps, rows["loss"].detach()))
+        return LossOutput.mean_of({name: weights * column for name, column in rows.items()})
+
+    def at(
+        self, timesteps: torch.Tensor, model: nn.Module, x_start: torch.Tensor, cond: Any, generator: SampleGenerator
+    ) -> Rows:
+        """`loss`, `mse` and, where the variance is learned, `vlb` (B,) of each sample at the given timesteps (B,)."""
         noise = generator.normal(tuple(x_start.shape[1:]))
         x_t = self.process.q_sample(x_start, timesteps, noise)
         loss = diffusion_loss(
@@ -130,12 +161,8 @@ class DenoisingLoss:
             timesteps=timesteps,
             config=self.config,
         )
-        if self._history is not None and torch.is_grad_enabled():  # an evaluation teaches nothing
-            self._seen.append((timesteps, loss.loss.detach()))
-        metrics = {"mse": (weights * loss.mse.detach()).mean()}
-        if loss.vlb is not None:
-            metrics["vlb"] = (weights * loss.vlb.detach()).mean()
-        return LossOutput((weights * loss.loss).mean(), metrics)
+        rows = {"loss": loss.loss, "mse": loss.mse.detach()}
+        return rows if loss.vlb is None else rows | {"vlb": loss.vlb.detach()}
 
     def observations(self) -> Rows:
         """As `Objective.observations`: `timestep` int64 and `loss` float32, or nothing where no draw depends on them."""
@@ -169,6 +196,23 @@ class DiffusionObjective(Objective):
     """The objective of a diffusion stage: its state is what loss-aware draws of t have learned."""
 
     denoising: DenoisingLoss
+
+    @abstractmethod
+    def inputs(self, batch: Batch, generator: SampleGenerator) -> tuple[torch.Tensor, Any]:
+        """What is noised, x_start (B, ...), and what the network is told beside it."""
+
+    def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+        return self.denoising(model, *self.inputs(batch, generator), generator)
+
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
+        assert timesteps is not None
+        return self.denoising.at(timesteps, model, *self.inputs(batch, generator), generator)
+
+    @property
+    def num_train_timesteps(self) -> int | None:
+        return self.denoising.process.num_train_timesteps
 
     def observations(self) -> Rows:
         return self.denoising.observations()

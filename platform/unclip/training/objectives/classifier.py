@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from unclip.data.batches import BatchSpec
 from unclip.pipelines.stages import ClassifierStageConfig
-from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective, Rows
 from unclip.training.objectives.noising import noised_pictures
 from unclip.utils.random import SampleGenerator
 
@@ -47,11 +48,22 @@ class ClassifierObjective(Objective):
         self.process = config.stage.diffusion.build()
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
-        x_t, timesteps = noised_pictures(self.process, batch["image"], generator)
-        logits, label = model(x_t, timesteps), batch["label"]
-        is_right = (logits.argmax(dim=1) == label).float()
-        metrics = {"accuracy": is_right.mean()} | self._by_quarter(is_right, timesteps)
-        return LossOutput(functional.cross_entropy(logits, label), metrics)
+        timesteps = generator.integers(self.process.num_train_timesteps)
+        rows = self.losses(model, batch, generator, timesteps)
+        output = LossOutput.mean_of(rows)
+        return LossOutput(output.loss, output.metrics | self._by_quarter(rows["accuracy"], timesteps))
+
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
+        assert timesteps is not None
+        logits = model(noised_pictures(self.process, batch["image"], timesteps, generator), timesteps)
+        is_right = (logits.argmax(dim=1) == batch["label"]).float()
+        return {"loss": functional.cross_entropy(logits, batch["label"], reduction="none"), "accuracy": is_right}
+
+    @property
+    def num_train_timesteps(self) -> int | None:
+        return self.process.num_train_timesteps
 
     def _by_quarter(self, is_right: torch.Tensor, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
         """`accuracy_t1` (least noise) to `accuracy_t4` (most): unbiased, as means of them over batches must be.
@@ -60,8 +72,8 @@ class ClassifierObjective(Objective):
         """
         total = self.process.num_train_timesteps
         quarters = timesteps * QUARTERS // total
-        sizes = torch.bincount(torch.arange(total) * QUARTERS // total, minlength=QUARTERS).tolist()
+        edges = [-(-total * quarter // QUARTERS) for quarter in range(QUARTERS + 1)]
         return {
-            f"accuracy_t{quarter + 1}": (is_right * (quarters == quarter)).mean() * total / max(1, size)
-            for quarter, size in enumerate(sizes)
+            f"accuracy_t{quarter + 1}": (is_right * (quarters == quarter)).mean() * total / max(1, stop - start)
+            for quarter, (start, stop) in enumerate(pairwise(edges))
         }

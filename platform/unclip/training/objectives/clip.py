@@ -11,8 +11,8 @@ from torch import nn
 from unclip.data.batches import BatchSpec
 from unclip.models.clip import ClipArchitectureConfig
 from unclip.pipelines.stages import ClipStageConfig
-from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
-from unclip.training.objectives.contrastive import contrastive_loss, local_contrastive_loss
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective, Rows
+from unclip.training.objectives.contrastive import contrastive_loss, contrastive_losses, local_contrastive_loss
 from unclip.utils.random import SampleGenerator
 
 
@@ -39,7 +39,11 @@ class ClipObjectiveConfig(BaseObjectiveConfig):
 
 
 class ClipObjective(Objective):
-    """Symmetric cross-entropy over the pairs of one micro-batch of all workers (Radford et al. 2021, figure 3)."""
+    """Symmetric cross-entropy over the pairs of one micro-batch of all workers (Radford et al. 2021, figure 3).
+
+    Micro-batches of one step do not see each other: of `loop.microbatch_size` times the number of workers pairs, each is
+    told from the others.
+    """
 
     def __init__(self, config: ClipObjectiveConfig) -> None:
         self.config = config
@@ -50,6 +54,12 @@ class ClipObjective(Objective):
         if self.config.sam_rho > 0:
             self._ascend(model, batch)
         return contrastive_loss(model(batch["image"], batch["tokens"]))
+
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
+        """Where the weights are: sharpness-aware minimisation is a matter of gradients."""
+        return contrastive_losses(model(batch["image"], batch["tokens"]))
 
     def after_backward(self) -> None:
         """Back from where sharpness-aware minimisation took the gradient."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from unclip.data.batches import BatchSpec
 from unclip.diffusion.losses import DiffusionLossConfig
+from unclip.models.decoder import DecoderCondition
 from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import DecoderStageConfig
 from unclip.pipelines.stages.decoder import decoder_condition
@@ -83,14 +84,19 @@ class DecoderObjective(DiffusionObjective):
         self.denoising = DenoisingLoss(self.process, config.loss)
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+        x_start, cond = self.inputs(batch, generator)
+        output = self.denoising(model, x_start, cond, generator)
+        return LossOutput(
+            output.loss, output.metrics | _shares({name: part.dropped for name, part in cond.parts().items()})
+        )
+
+    def inputs(self, batch: Batch, generator: SampleGenerator) -> tuple[torch.Tensor, DecoderCondition]:
         config, x_start = self.config, to_signed(batch["image"])
         rates = {"image": config.image_drop_prob, "text": config.text_drop_prob, "label": config.label_drop_prob}
         dropped = {name: generator.child(f"{name} drop").uniform() < rate for name, rate in rates.items()}
-        cond = decoder_condition(config.stage.model, self._inputs(batch, x_start, generator), dropped)
-        output = self.denoising(model, x_start, cond, generator)
-        return LossOutput(output.loss, output.metrics | _shares({name: dropped[name] for name in cond.parts()}))
+        return x_start, decoder_condition(config.stage.model, self._told(batch, x_start, generator), dropped)
 
-    def _inputs(self, batch: Batch, x_start: torch.Tensor, generator: SampleGenerator) -> dict[str, torch.Tensor]:
+    def _told(self, batch: Batch, x_start: torch.Tensor, generator: SampleGenerator) -> dict[str, torch.Tensor]:
         inputs = dict(batch)
         if "image_embed" in inputs:
             self.normalizer.to(x_start.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import nn
 
 from unclip.data.batches import BatchSpec
 from unclip.pipelines.stages import NoisedClipStageConfig
-from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective
-from unclip.training.objectives.contrastive import contrastive_loss
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, LossOutput, Objective, Rows
+from unclip.training.objectives.contrastive import Embeddings, contrastive_loss, contrastive_losses
 from unclip.training.objectives.noising import noised_pictures
 from unclip.utils.random import SampleGenerator
 
@@ -39,5 +40,20 @@ class NoisedClipObjective(Objective):
         self.process = config.stage.diffusion.build()
 
     def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
-        x_t, timesteps = noised_pictures(self.process, batch["image"], generator)
-        return contrastive_loss(model(x_t, timesteps, batch["tokens"].long()))
+        timesteps = generator.integers(self.process.num_train_timesteps)
+        return contrastive_loss(self._embed(model, batch, generator, timesteps))
+
+    def losses(
+        self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor | None
+    ) -> Rows:
+        assert timesteps is not None
+        return contrastive_losses(self._embed(model, batch, generator, timesteps))
+
+    @property
+    def num_train_timesteps(self) -> int | None:
+        return self.process.num_train_timesteps
+
+    def _embed(self, model: nn.Module, batch: Batch, generator: SampleGenerator, timesteps: torch.Tensor) -> Embeddings:
+        x_t = noised_pictures(self.process, batch["image"], timesteps, generator)
+        embeddings: Embeddings = model(x_t, timesteps, batch["tokens"].long())
+        return embeddings

@@ -1,4 +1,4 @@
-"""Pictures as the guides of the decoder see them: noised, at timesteps drawn evenly."""
+"""Pictures as the guides of the decoder see them: noised."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from unclip.utils.random import SampleGenerator
 
 
 def noised_pictures(
-    process: DiffusionProcess, pictures: torch.Tensor, generator: SampleGenerator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (B, H, W, 3) -> x_t (B, 3, H, W) float32 and its timesteps (B,), uniform in 0..T-1, one draw a picture."""
+    process: DiffusionProcess, pictures: torch.Tensor, timesteps: torch.Tensor, generator: SampleGenerator
+) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> x_t (B, 3, H, W) float32 at the timesteps (B,), by the noise of the pictures' streams."""
     x_start = to_signed(pictures)
-    timesteps = generator.integers(process.num_train_timesteps)
-    return process.q_sample(x_start, timesteps, generator.normal(tuple(x_start.shape[1:]))), timesteps
+    return process.q_sample(x_start, timesteps, generator.normal(tuple(x_start.shape[1:])))

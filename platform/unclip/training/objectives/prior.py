@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from unclip.data.batches import BatchSpec
 from unclip.diffusion.losses import DiffusionLossConfig
@@ -18,7 +17,6 @@ from unclip.training.objectives.base import (
     Batch,
     DenoisingLoss,
     DiffusionObjective,
-    LossOutput,
     NormalizationName,
 )
 from unclip.training.objectives.embeddings import fit_normalizer
@@ -69,11 +67,10 @@ class PriorObjective(DiffusionObjective):
         self.denoising = DenoisingLoss(config.stage.diffusion.build(), config.loss)
         self.normalizer = config.stage.normalizer.build()
 
-    def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+    def inputs(self, batch: Batch, generator: SampleGenerator) -> tuple[torch.Tensor, PriorCondition]:
         cond = prior_condition(batch, generator, self.config.text_drop_prob)
         self.normalizer.to(cond.tokens.device)
-        x_start = self.normalizer.normalize(batch["image_embed"].float())
-        return self.denoising(model, x_start, cond, generator)
+        return self.normalizer.normalize(batch["image_embed"].float()), cond
 
 
 def caption_and_embeddings(context_length: int, columns: tuple[str, ...]) -> BatchSpec:

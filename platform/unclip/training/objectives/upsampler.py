@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from unclip.data.batches import BatchSpec
 from unclip.diffusion.losses import DiffusionLossConfig
+from unclip.models.upsampler import UpsamplerCondition
 from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import UpsamplerStageConfig
 from unclip.pipelines.stages.upsampler import low_res_condition
-from unclip.training.objectives.base import BaseObjectiveConfig, Batch, DenoisingLoss, DiffusionObjective, LossOutput
+from unclip.training.objectives.base import BaseObjectiveConfig, Batch, DenoisingLoss, DiffusionObjective
 from unclip.utils.random import SampleGenerator
 
 
@@ -79,7 +80,7 @@ class UpsamplerObjective(DiffusionObjective):
         self.process = config.stage.diffusion.build()
         self.denoising = DenoisingLoss(self.process, config.loss)
 
-    def loss(self, model: nn.Module, batch: Batch, generator: SampleGenerator) -> LossOutput:
+    def inputs(self, batch: Batch, generator: SampleGenerator) -> tuple[torch.Tensor, UpsamplerCondition]:
         image = to_signed(batch["image"])
         level = None
         if self.config.stage.model.noise_conditioning:
@@ -87,4 +88,4 @@ class UpsamplerObjective(DiffusionObjective):
         cond = low_res_condition(
             to_signed(batch["low_res"]), image.shape[-1], self.process, noise_level=level, generator=generator
         )
-        return self.denoising(model, image, cond, generator)
+        return image, cond

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -30,10 +31,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[self.path] += 1
             self.server.times.append(time.monotonic())
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             getattr(self, f"answer_{kind}")(rest, self.server.asked[self.path])
-        except (BrokenPipeError, ConnectionResetError):
-            pass
 
     def reply(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
         self.send_response(status)

@@ -1,0 +1,58 @@
+"""What a prior makes of held-out captions, and whose pictures lie nearest to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from unclip.data.batches import BatchSpec
+from unclip.pipelines.stages import AnyPriorStageConfig
+from unclip.training.config import TrainConfig
+from unclip.training.validation.records import HeldOut
+from unclip.training.validation.result import SampleGrid, Validation
+from unclip.utils.random import SampleGenerator
+
+SAMPLED_CAPTIONS = 64
+"""Captions that embeddings are drawn for: enough for two digits of a mean cosine."""
+NEAREST = 3
+"""Held-out pictures that the grid shows of each sampled embedding."""
+_GRID_PIXELS = 128
+
+
+def score_prior(config: TrainConfig, stage: AnyPriorStageConfig, model: nn.Module, records: HeldOut) -> Validation:
+    """Mean cosines of sampled z_i: to the true one, to z_t, and to z_t of another caption, which is the baseline.
+
+    `cosine_text_real` is that of true z_i and z_t: what samples can hope for. The grid shows captions with the held-out
+    pictures whose embeddings are nearest to the sampled ones; there is none where the records have no pictures.
+    """
+    batch = records.first(SAMPLED_CAPTIONS)
+    real, text = (functional.normalize(batch[name].float(), dim=1) for name in ("image_embed", "text_embed"))
+    streams = SampleGenerator.for_samples(config.validation.seed, batch["position"]).child("sample")
+    sampler = stage.stage(model)
+    sampled = sampler.sample(text, batch["tokens"].long(), streams, sampling=stage.sampling)  # type: ignore[arg-type]
+    pairs = {
+        "cosine_image": (sampled, real),
+        "cosine_text": (sampled, text),
+        "cosine_text_unrelated": (sampled, text.roll(1, dims=0)),
+        "cosine_text_real": (real, text),
+    }
+    metrics = {name: float((a * b).sum(dim=1).mean()) for name, (a, b) in pairs.items()}
+    has_pictures = {"image", "caption"} <= set(records.manifest.columns)
+    return Validation(metrics, _grid(config, sampled, records) if has_pictures else None)
+
+
+def _grid(config: TrainConfig, sampled: torch.Tensor, records: HeldOut) -> SampleGrid:
+    """A row a caption: its own picture, then those of the nearest z_i."""
+    batches = records.batches(config.microbatch_size)
+    gallery = torch.cat([functional.normalize(batch["image_embed"].float(), dim=1) for batch in batches])
+    nearest = min(NEAREST, records.count)
+    count = min(config.validation.rows, len(sampled))
+    found = (sampled[:count] @ gallery.T).topk(nearest, dim=1).indices.tolist()
+    spec = BatchSpec(image_size=_GRID_PIXELS)
+    rows = []
+    for index, caption in enumerate(records.text("caption", count)):
+        pictures = records.pictures([index, *found[index]], spec)["image"].cpu().numpy()
+        rows.append((caption, tuple(pictures)))
+    titles = ("its own picture", *(f"nearest {place + 1}" for place in range(nearest)))
+    return SampleGrid(titles, tuple(rows))
