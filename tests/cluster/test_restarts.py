@@ -12,6 +12,7 @@ from ray.train import WorkerGroupError
 
 from unclip.cluster import restarts
 from unclip.cluster.failures import RunFailed, describe, is_final
+from unclip.cluster.preflight import PreflightError
 from unclip.cluster.restarts import Restarts
 from unclip.data.manifest import DataError, ReadError
 from unclip.training.checkpoint import CheckpointError, SaveError
@@ -103,6 +104,24 @@ def test_what_would_come_again_ends_the_run_and_is_named_before_what_followed_fr
     with pytest.raises(RunFailed, match=r"(?s)^worker 1: DataError: id 7.*\(then workers 0\).*at step 40"):
         known.until_finished(groups(run, known, error))
     assert pauses == []
+
+
+def test_a_damaged_checkpoint_between_groups_ends_the_run_with_its_name(run: RunFolder, pauses: list[float]) -> None:
+    known = Restarts(run, "decoder", max_failures=3)
+    commit(run, 40)
+    storage.write_bytes(f"{run.checkpoints_uri}/step-00000040/manifest.json", b"{")
+    with pytest.raises(RunFailed, match=r"(?s)^CheckpointError: .*step-00000040/manifest.json is damaged"):
+        known.until_finished(groups(run, known, None))
+    assert pauses == []
+
+
+def test_no_room_is_a_refusal_at_first_and_a_failed_run_later(run: RunFolder, pauses: list[float]) -> None:
+    no_room = PreflightError("the run does not fit the cluster")
+    known = Restarts(run, "decoder", max_failures=3)
+    with pytest.raises(PreflightError):
+        known.until_finished(groups(run, known, no_room))
+    with pytest.raises(RunFailed, match=r"(?s)^preemption of node n\n.*does not fit.*stands at step 10"):
+        known.until_finished(groups(run, known, 10, "preemption of node n", no_room))
 
 
 def test_the_nearest_to_the_root_is_told() -> None:

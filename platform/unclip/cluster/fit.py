@@ -56,8 +56,8 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     """
     prepared = _prepare(config)
     config, run = prepared.config, RunFolder(prepared.config.run)
-    summary = run.summary()
-    if summary is None or not _is_finished(summary, config):
+    summary = run.summary_of(config.loop)
+    if summary is None:
         if not session.joins_cluster():  # this machine will not grow; a cluster may
             preflight.check_resources(config.resources, **_least(prepared), nodes=preflight.local_nodes())
         with Lease(run) as lease, session.session():
@@ -198,11 +198,6 @@ def _clip_pool(prepared: PreparedRun) -> stream.ClipPool | None:
         gpus=config.resources.clip_gpus,
         text_states="text_states" in config.objective.embedding_columns,
     )
-
-
-def _is_finished(summary: dict[str, Any], config: TrainConfig) -> bool:
-    limit = config.loop.time_limit_s
-    return summary["step"] >= config.loop.max_steps or (limit is not None and summary["seconds"] >= limit)
 
 
 def _refuse_lost_paths(config: TrainConfig) -> None:

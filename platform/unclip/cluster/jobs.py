@@ -13,9 +13,10 @@ from unclip.config.base import ConfigError
 from unclip.config.cli import parse_job
 from unclip.data.manifest import DataError
 from unclip.pipelines.bundle import BundleError
+from unclip.training.checkpoint import CheckpointError
 from unclip.training.config import TrainConfig
 
-REFUSALS = (ConfigError, DataError, BundleError, PreflightError, OSError)
+REFUSALS = (ConfigError, DataError, BundleError, CheckpointError, PreflightError, OSError)
 """What tells a user that something is wrong with what was asked for; anything else is a fault of ours."""
 FAILED = 1
 """Exit status where a run ended before it was finished; the same command goes on with it."""

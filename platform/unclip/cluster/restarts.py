@@ -70,13 +70,18 @@ class Restarts:
         """Calls `run_group`, which is one group of workers, until one has finished the run; returns its summary.
 
         A summary's `stopped` is why the group ended before the run was finished, None where it was. Raises `RunFailed`
-        where a group ended in a way that no further one would mend, or too often; `PreflightError` as `run_group` does.
+        where a group ended in a way that no further one would mend, too often, or without room for another one;
+        `PreflightError` where there is no room for the first one.
         """
         while True:
             try:
                 summary = run_group()
-            except (RunFailed, PreflightError):
+            except RunFailed:
                 raise
+            except PreflightError as error:
+                if self._last_end is None:
+                    raise
+                raise RunFailed(self._message(self._last_end.reason, f"Then {error}")) from error
             except Exception as error:
                 self._after_failure(error)
                 continue
@@ -151,9 +156,10 @@ class Restarts:
     def _message(self, reason: str, why: str) -> str:
         try:
             newest = checkpoint.latest(self._run.checkpoints_uri)
+        except (OSError, checkpoint.CheckpointError) as error:
+            stands = f"where {self._run.checkpoints_uri} says, which cannot be read now ({error})"
+        else:
             stands = (
                 f"at step {newest.step} ({newest.uri})" if newest else "at its beginning: there is no checkpoint yet"
             )
-        except OSError as error:
-            stands = f"where {self._run.checkpoints_uri} says, which does not answer now ({error})"
         return f"{reason}\n  {why}.\n  The run stands {stands}; the same command goes on from there"

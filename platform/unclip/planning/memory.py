@@ -11,15 +11,16 @@ P parameters, N workers; w bytes of a weight that computes: 2 in bf16, else 4. W
 
 Besides activations there are DeepSpeed's buffers (0.19.8): the bucket in which gradients travel, one for each float type; at
 stage 3 a copy of it for the reduce-scatter, and the gathered weights of the layers at work; and in the update the gradients
-once more, flat and in float32.
+once more, flat and in float32. One worker alone has nobody to share with: where it can, our engine takes stage 0 for it, and
+nothing is exchanged.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unclip.planning.network import Network
-from unclip.training.engine import LARGEST_BUCKET, ZeroConfig
+from unclip.training.engine import LARGEST_BUCKET, ZeroConfig, for_group
 
 PARTS = ("weights", "gradients", "optimizer", "ema", "activations", "buffers", "framework")
 """Of a device's memory, in the order of tables."""
@@ -71,6 +72,7 @@ def worker_memory(network: Network, shape: Shape, *, lazy: bool = False) -> Memo
     With `lazy`, of a worker on CPUs, where the pages of a buffer count as it fills, offloaded state lies beside the rest
     and there is no context: its resident size beyond a bare process.
     """
+    shape = replace(shape, zero=for_group(shape.zero, shape.workers))
     state, away = _state(network, shape)
     moments = {
         "backward": _backward_lazily(network, shape) if lazy else _backward(network, shape),
@@ -129,7 +131,8 @@ def _backward_lazily(network: Network, shape: Shape) -> Parts:
     arriving = bucket / whole if zero.stage >= 2 else 1.0
     peak = network.step.peak(shape.microbatch, kept=arriving)
     filled = bucket * peak.gradients / (arriving * whole)
-    kept = _partition(network, shape) if shape.accumulation > 1 else 0.0
+    # Stage 3 adds gradients up in a buffer of its own, which stays when it has been read.
+    kept = _partition(network, shape) if zero.stage == 3 or shape.accumulation > 1 else 0.0
     gradients = peak.gradients if zero.stage < 2 else kept
     return {"activations": peak.activations, "gradients": gradients, "buffers": filled + _gathered(network, zero)}
 
@@ -138,7 +141,8 @@ def _exchange(network: Network, shape: Shape) -> Parts:
     """What there is while the last bucket of gradients is exchanged; activations are gone."""
     zero, whole = shape.zero, weight_bytes(shape.zero) * network.parameters
     if zero.stage == 0:
-        return {"gradients": whole, "buffers": whole * min(1.0, _WHOLE_GRADIENT / network.parameters)}
+        copied = min(network.parameters, _WHOLE_GRADIENT) if shape.workers > 1 else 0
+        return {"gradients": whole, "buffers": float(weight_bytes(zero) * copied)}
     buffers = _copies(network, shape) + _gathered(network, zero)
     if zero.stage == 1:  # gradients move into the bucket
         return {"gradients": whole, "buffers": buffers}
@@ -206,5 +210,8 @@ def _host(network: Network, shape: Shape, away: Parts) -> Parts:
     if zero.offload_optimizer == "none":
         return host
     on_disk = zero.offload_optimizer == "nvme"
-    host |= {"buffers": 4.0 * _SWAPPED if on_disk else 4.0 * network.largest, "gradients": 4 * shard}
+    # Gradients as they come from the device, and as the update takes them; before stage 3, weights on their way back.
+    copies = weight_bytes(zero) * shard
+    host |= {"buffers": 4.0 * _SWAPPED if on_disk else 4.0 * network.largest + (copies if zero.stage < 3 else 0.0)}
+    host |= {"gradients": 4 * shard + (copies if zero.stage == 3 else 0.0)}
     return host | ({} if on_disk else away)

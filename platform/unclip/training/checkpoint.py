@@ -179,6 +179,8 @@ def open_committed(uri: str) -> Checkpoint | None:
     manifest_uri = storage.join(uri, _MANIFEST)
     try:
         manifest = storage.read_json(manifest_uri)
+    except FileNotFoundError:  # collected since the listing
+        return None
     except ValueError as error:
         raise CheckpointError(f"{manifest_uri} is damaged: {error}; {_advice(uri)}") from None
     if manifest["format"] != _FORMAT:

@@ -130,7 +130,7 @@ class Engine:
             store = dist.HashStore()  # type: ignore[attr-defined]  # exported, but not in so many words
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
-        zero_config = _for_group(zero_config, self.world_size)
+        zero_config = for_group(zero_config, self.world_size)
         self.stage: int = zero_config.stage
         self.module = module.to(device)
         for parameter in module.parameters():  # ZeRO flattens; fragments are 1-D views at stage 0 too
@@ -226,7 +226,7 @@ def _settings(optimizer: OptimizerConfig, zero: ZeroConfig, parameters: int, acc
     }
 
 
-def _for_group(zero: ZeroConfig, world_size: int) -> ZeroConfig:
+def for_group(zero: ZeroConfig, world_size: int) -> ZeroConfig:
     """One process has nobody to share state with: stages 1 and 2 are stage 0 there, without their copies of gradients."""
     shards_nothing = (
         world_size == 1 and zero.stage < 3 and zero.precision != "bf16" and zero.offload_optimizer == "none"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,10 @@ class _Source(Protocol):
     """Averaged weights and buffers by name."""
 
     @property
+    def uri(self) -> str:
+        """The folder that holds just these."""
+
+    @property
     def shapes(self) -> Shapes: ...
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
@@ -46,6 +50,7 @@ class _Source(Protocol):
 
 class _OfCheckpoint:
     def __init__(self, found: Checkpoint) -> None:
+        self.uri = found.uri
         self._reader = FragmentReader(found)
         self.shapes: Shapes = found.shapes
 
@@ -63,12 +68,13 @@ class _OfBundle:
     """One safetensors file, of which only the hash of the whole is known."""
 
     def __init__(self, uri: str) -> None:
-        self._uri = storage.join(uri, "model.safetensors")
+        self.uri = uri
+        self._file_uri = storage.join(uri, "model.safetensors")
         self._stored = StageManifest.from_dict(storage.read_json(storage.join(uri, "manifest.json"))).weights
-        size = storage.size(self._uri)
+        size = storage.size(self._file_uri)
         if size != self._stored.bytes:
-            raise ValueError(f"{self._uri} has {size} bytes, not the {self._stored.bytes} of its manifest")
-        self._file = ShardFile(self._uri, size=self._stored.bytes, cache=BlockCache(), hashes=None)
+            raise ValueError(f"{self._file_uri} has {size} bytes, not the {self._stored.bytes} of its manifest")
+        self._file = ShardFile(self._file_uri, size=self._stored.bytes, cache=BlockCache(), hashes=None)
         self.shapes: Shapes = self._file.shapes
 
     def read(self, name: str, start: int, numel: int) -> torch.Tensor:
@@ -82,9 +88,11 @@ class _OfBundle:
     def check_content(self) -> None:
         digest, step = hashlib.sha256(), BLOCK_BYTES * BLOCKS_AT_ONCE
         for start in range(0, self._stored.bytes, step):
-            digest.update(storage.read_ranges(self._uri, [(start, min(start + step, self._stored.bytes))])[0])
+            digest.update(storage.read_ranges(self._file_uri, [(start, min(start + step, self._stored.bytes))])[0])
         if digest.hexdigest() != self._stored.sha256:
-            raise CheckpointError(f"{self._uri} is damaged: its hash is not the one in its manifest; export it again")
+            raise CheckpointError(
+                f"{self._file_uri} is damaged: its hash is not the one in its manifest; export it again"
+            )
 
 
 def check_source(uri: str, config: TrainConfig) -> None:
@@ -113,13 +121,13 @@ def initialise(engine: Engine, uri: str) -> None:
 
     Each rank reads its own slices only; worker 0 also checks a bundle's file as a whole. Input channels that a convolution
     has more than in the source get zeros, and so its outputs are what they were (GLIDE's way to inpainting, Nichol et
-    al. 2022, section 4.3). Raises `CheckpointError` where the weights do not fit or are damaged.
+    al. 2022, section 4.3). Raises `CheckpointError` where the weights do not fit or are damaged, `OSError` where they
+    cannot be read.
     """
-    source = _open(uri)
+    source = _open(_agreed(engine, uri))
     wanted, buffers = zero_state.shapes(engine), zero_state.buffers(engine.module)
     if differences := _differences(source.shapes, wanted, buffers):
         raise CheckpointError(f"{uri} holds another model: {'; '.join(differences[:5])}")
-    _check_on_rank_0(engine, source)
 
     def read(name: str, kind: str, start: int, numel: int) -> torch.Tensor:
         if kind not in ("fp32", "ema"):
@@ -181,14 +189,23 @@ def _read_widened(source: _Source, name: str, wanted: tuple[int, ...], start: in
     return grown.flatten()[start - first * new :][:numel]
 
 
-def _check_on_rank_0(engine: Engine, source: _Source) -> None:
-    """Every rank raises what rank 0 finds."""
-    problem: list[str | None] = [None]
+def _agreed(engine: Engine, uri: str) -> str:
+    """The folder that rank 0 has found and checked: a run that is still trained has another newest checkpoint any time.
+
+    Every rank raises what rank 0 finds wrong: `OSError` where the storage does not answer, else `CheckpointError`.
+    """
+    answer: list[Any] = [None, None]
     if engine.rank == 0:
         try:
+            source = _open(uri)
             source.check_content()
-        except (CheckpointError, OSError) as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
+            answer = [source.uri, None]
+        except (ValueError, CheckpointError, DamagedError) as error:
+            answer = [None, CheckpointError(f"init_from = {uri!r}: {error}")]
+        except OSError as error:
+            answer = [None, OSError(f"init_from = {uri!r}: {error}")]
+    dist.broadcast_object_list(answer, src=0)
+    found, problem = answer
+    if problem is not None:
+        raise problem
+    return str(found)

@@ -67,7 +67,7 @@ class Lead:
         self.stop_reason: str | None = None
         self._config, self._saver, self._schedule, self._signals = config, saver, schedule, signals
         self._log, self._requests = MetricLog(run), ProfileRequests(run)
-        self._sample_flops = training_flops(config)
+        self._sample_flops = _count_flops(config)
         self._peak = peak_flops(device, config.zero.precision)
         self._stack = ExitStack()
 
@@ -103,7 +103,6 @@ class Lead:
     ) -> None:
         """Keeps a line of metrics: means of the window and shares of its time; `rate` is images/s, `memory` bytes."""
         config, loop = self._config, self._config.loop
-        flops = rate * self._sample_flops
         record: dict[str, Any] = {
             "step": clock.step,
             "max_steps": loop.max_steps,
@@ -117,12 +116,22 @@ class Lead:
             "world_size": config.resources.num_workers,
             **{f"time_{name}": round(share, 4) for name, share in shares.items()},
             "memory_bytes": memory,
-            "flops_per_second": flops,
             "skipped_steps": clock.skipped_steps,
             "checkpoint_step": self._schedule.committed_step,
         }
-        if self._peak is not None:
-            record["mfu"] = round(flops / (self._peak * config.resources.num_workers), 5)
+        if self._sample_flops is not None:
+            record["flops_per_second"] = flops = rate * self._sample_flops
+            if self._peak is not None:
+                record["mfu"] = round(flops / (self._peak * config.resources.num_workers), 5)
         if self._schedule.error is not None:
             record["checkpoint_error"] = self._schedule.error
         self._log.metrics(record)
+
+
+def _count_flops(config: TrainConfig) -> float | None:
+    """FLOPs of a sample; None where they cannot be counted, which costs the record of MFU and not the run."""
+    try:
+        return training_flops(config)
+    except Exception as error:
+        _logger.warning("FLOPs are not counted: %s: %s", type(error).__name__, error)
+        return None

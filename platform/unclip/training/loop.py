@@ -236,8 +236,8 @@ class Trainer:
         if in_a_row >= self.config.loop.max_skipped_steps:
             raise TrainingDiverged(
                 f"no finite gradient in {in_a_row} steps in a row, {last - in_a_row + 1} to {last}: look at the records of "
-                f"their batches, whose ids are in {self.run.skipped_uri}, lower optimizer.learning_rate, or set "
-                "optimizer.grad_clip"
+                f"their batches, whose ids are in {self.run.skipped_uri}; or begin a new run with init_from={self.run.uri} and a "
+                "lower optimizer.learning_rate, or with optimizer.grad_clip"
             )
 
     # --- checkpoints and records --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -90,8 +90,9 @@ class SwapFolder:
             base.mkdir(parents=True, exist_ok=True)
             with _locked(base / ".lock"):
                 for left in base.glob(_FOLDERS):
-                    if _try_lock(left / ".lock") is not None:
-                        shutil.rmtree(left, ignore_errors=True)
+                    with suppress(FileNotFoundError):  # a process that ends just now deletes its own
+                        if _try_lock(left / ".lock") is not None:
+                            shutil.rmtree(left, ignore_errors=True)
                 self.path = Path(tempfile.mkdtemp(prefix=_FOLDERS.rstrip("*"), dir=base))
                 held = _try_lock(self.path / ".lock")
         except OSError as error:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from unclip.config.base import ConfigError
-from unclip.training.config import TrainConfig
+from unclip.training.clock import Clock
+from unclip.training.config import LoopConfig, TrainConfig
 from unclip.utils import storage
 
 _PACKAGES = ("torch", "deepspeed", "ray", "open_clip_torch", "pyarrow", "numpy", "unclip")
 _MAY_CHANGE = {
+    "run": True,  # a folder may be moved
     "bundle": True,
     "data_identity": True,  # has a check, and a sentence, of its own
     "resources": True,
@@ -49,6 +51,8 @@ _MAY_CHANGE = {
     "reporting": True,
 }
 """What a continued run may change without becoming another run: True for a whole section."""
+_CHANGES_NOTHING = "activation_checkpointing"
+"""A field of models, at several depths, that only trades time for memory."""
 
 
 class RunFolder:
@@ -84,8 +88,9 @@ class RunFolder:
                 )
 
     def open(self, config: TrainConfig) -> None:
-        """Checks, then stores the configuration and the versions it runs with."""
+        """Checks, then stores the configuration and the versions it runs with, for a run that is to be trained (further)."""
         self.check(config)
+        storage.remove(self._summary_uri)  # of a shorter run
         storage.write_json(storage.join(self.uri, "config.json"), config.to_dict())
         storage.write_json(storage.join(self.uri, "versions.json"), versions())
 
@@ -112,6 +117,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """What a finished run stored; None where none has finished."""
         return storage.read_json(self._summary_uri) if storage.exists(self._summary_uri) else None
+
+    def summary_of(self, loop: LoopConfig) -> dict[str, Any] | None:
+        """The same where the run has come as far as `loop` asks; None where it is to go on."""
+        summary = self.summary()
+        if summary is None or not Clock(step=summary["step"], seconds=summary["seconds"]).finished(loop):
+            return None
+        return summary
 
 
 def versions() -> dict[str, str]:
@@ -147,7 +159,7 @@ def _differences(stored: Any, asked: Any, may_change: Any, path: str) -> list[st
         return []
     if isinstance(stored, dict) and isinstance(asked, dict):
         found: list[str] = []
-        for key in sorted(stored.keys() | asked.keys()):
+        for key in sorted((stored.keys() | asked.keys()) - {_CHANGES_NOTHING}):
             free = key in may_change if isinstance(may_change, set) else may_change.get(key, {})
             found += _differences(stored.get(key), asked.get(key), free or {}, f"{path}.{key}" if path else key)
         return found

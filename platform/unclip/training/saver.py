@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _GRACE_S = 5.0
-"""How much longer than `limit_s` worker 0 waits for its own thread, so that it says who was late; others wait twice that."""
+"""How much longer than `limit_s` worker 0 waits for its own thread, so that it says who was late; others wait twice that.
+Of a short limit it is a quarter."""
 _log = logging.getLogger(__name__)
 
 
@@ -85,7 +86,8 @@ class Saver:
         self._limit_s = limit_s
         self._store = dist.distributed_c10d._get_default_store()
         self._memory = HostMemory()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        """That live, and the last one; more than one where a storage hangs."""
         self._save: _Save | None = None
         self._outcomes: list[SaveOutcome] = []
         self._lock = threading.Lock()
@@ -100,14 +102,14 @@ class Saver:
         """
         self._outcome()
         started = time.monotonic()
-        busy = self._thread is not None and self._thread.is_alive()  # it still reads the host memory
-        snapshot = None if busy else self._memory.snapshot(self._engine, state, objective)
+        self._threads = [thread for thread in self._threads if thread.is_alive()]  # it still reads the host memory
+        snapshot = None if self._threads else self._memory.snapshot(self._engine, state, objective)
         self._count += 1
         step = int(state["step"])
         uri = checkpoint.folder(self._checkpoints_uri, step)
         self._save = save = _Save(f"{self._session}-{self._count}", uri, step, started)
-        self._thread = threading.Thread(target=self._run, args=(save, snapshot), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._threads.append(threading.Thread(target=self._run, args=(save, snapshot), name="checkpoint", daemon=True))
+        self._threads[-1].start()
 
     def finished(self) -> list[SaveOutcome]:
         """On worker 0 the saves that have ended since the last call, oldest first; on others nothing. Never waits."""
@@ -146,10 +148,12 @@ class Saver:
 
     def _outcome(self) -> str | None:
         """The error of the save that was started last, when that has ended; None where it succeeded or there is none."""
-        save, thread = self._save, self._thread
-        if save is None or thread is None:
+        save = self._save
+        if save is None:
             return None
-        limit = self._limit_s + (_GRACE_S if self._engine.rank == 0 else 2 * _GRACE_S)
+        thread = self._threads[-1]
+        grace = min(_GRACE_S, self._limit_s / 4)
+        limit = self._limit_s + (grace if self._engine.rank == 0 else 2 * grace)
         deadline = time.monotonic() + limit
         thread.join(limit)
         if thread.is_alive():
@@ -182,6 +186,8 @@ class Saver:
         try:
             entries = self._entries(save)
             assert snapshot is not None  # its own entry is among them
+            if self._save is not save:  # given up, and what others wrote may be collected by now
+                raise CheckpointError(f"it has taken longer than {self._limit_s:.0f} s")
             checkpoint.commit(save.uri, snapshot, entries, self._facts)
             outcome = replace(outcome, bytes=sum(entry["bytes"] for entry in entries))
         except Exception as error:

@@ -108,7 +108,7 @@ def check_beginning(config: TrainConfig) -> None:
 def _check_bundle(config: TrainConfig) -> None:
     """Refuses a bundle whose stages belong to another CLIP, among them a new CLIP for a bundle that has other stages."""
     assert config.bundle is not None
-    if config.stage == "clip" and RunFolder(config.run).summary() is None:
+    if config.stage == "clip" and RunFolder(config.run).summary_of(config.loop) is None:
         check_clip(
             config.bundle, "clip", ClipReference(source="clip", fingerprint="of a CLIP that is still to be trained")
         )

@@ -81,6 +81,8 @@ def size(uri: str) -> int | None:
 
 def sizes(uri: str) -> dict[str, int]:
     """Bytes of every file directly under a folder by its name, by one listing; empty where the folder does not exist."""
+    if is_local(uri):  # one at a time: a file may go while others are asked
+        return {name: found for name in names(uri) if (found := size(join(uri, name))) is not None}
     fs, path = filesystem(uri)
     try:
         entries = fs.ls(path, detail=True)

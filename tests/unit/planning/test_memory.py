@@ -108,3 +108,37 @@ def test_gradients_are_as_wide_as_weights(stage: str, precision: str, width: int
     counted = count_network(config)
     whole = width * counted.parameters
     assert counted.step.gradients[-1] == pytest.approx(whole, rel=0.02)  # small ones are rounded up
+
+
+@pytest.mark.parametrize(("precision", "stages"), [("fp32", (0, 1, 2)), ("autocast", (0, 1, 2)), ("bf16", (1, 2))])
+def test_one_worker_exchanges_nothing(precision: str, stages: tuple[int, ...]) -> None:
+    """Stages 1 and 2 are stage 0 there, as the engine has it, but where bfloat16 weights need float32 ones beside them."""
+    net = network(BILLION)
+    zeros = [ZeroConfig.from_dict({"stage": stage, "precision": precision}) for stage in stages]
+    whole = {worker_memory(net, Shape(zero, 1, 1), lazy=True).total for zero in zeros}
+    assert len(whole) == 1
+    if precision == "fp32":
+        assert whole == {(4 + 4 + 8 + 4) * BILLION}  # weights, gradients, moments, average
+
+
+def test_stage_3_keeps_the_buffer_of_its_gradients() -> None:
+    """DeepSpeed adds them up in a flat one, which is there in the next forward pass too."""
+    net = network(BILLION, activations=40e9)
+    kept = [
+        worker_memory(net, Shape(ZeroConfig.from_dict({"stage": stage, "precision": "fp32"}), 4, 1), lazy=True)
+        for stage in (2, 3)
+    ]
+    assert [memory.device["gradients"] for memory in kept] == [0.0, BILLION]
+
+
+def test_offload_copies_weights_back_through_host_memory() -> None:
+    """Before stage 3; stage 3 has the gradients there in both types."""
+    net = network(BILLION)
+    two, three = (
+        worker_memory(
+            net, Shape(ZeroConfig.from_dict({"stage": stage, "precision": "bf16", "offload_optimizer": "cpu"}), 4, 1)
+        ).host
+        for stage in (2, 3)
+    )
+    assert two["buffers"] - three["buffers"] == 2 * BILLION / 4
+    assert three["gradients"] - two["gradients"] == 2 * BILLION / 4

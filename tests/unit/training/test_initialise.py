@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.faults import INTERNAL_ERROR
+from tests.support.faults import INTERNAL_ERROR, STALL
 from tests.support.s3 import ObjectStore, object_store
 from torch import nn
 
@@ -18,7 +18,7 @@ from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import Bundle, save_stage
 from unclip.recipes import RECIPES
 from unclip.training import checkpoint, zero_state
-from unclip.training.checkpoint import CheckpointError
+from unclip.training.checkpoint import CheckpointError, SaveError
 from unclip.training.config import TrainConfig
 from unclip.training.engine import Engine, ZeroConfig
 from unclip.training.export import full_state_dict
@@ -185,6 +185,28 @@ def test_a_store_that_fails_for_longer_than_the_retries_costs_that_checkpoint(
     assert [outcome.error is None for outcome in saver.finished()] == [False, True]
     assert saver.finished() == []
     assert [found.step for found in checkpoint.committed(uri)] == [2]
+
+
+def test_a_save_that_hangs_keeps_its_memory_and_is_given_up(store: ObjectStore) -> None:
+    engine, uri = engine_of(nn.Linear(3, 3)), f"{store.uri}/hangs"
+    saver = Saver(uri, engine, facts={}, keep_last=2, keep_every_steps=None, limit_s=3)
+    with store.proxy.faults(kinds=(STALL,), methods=("PUT", "POST"), containing="step-00000001", most=1000):
+        for step, message in ((1, "still busy with it after 4 s"), (2, "still writes"), (3, "still writes")):
+            saver.start({"step": step}, objective=None)
+            with pytest.raises(SaveError, match=message):
+                saver.wait()
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(60)
+    saver.start({"step": 4}, objective=None)
+    saver.wait()
+    assert [(outcome.step, outcome.error is None) for outcome in saver.finished()] == [
+        (2, False),
+        (3, False),
+        (1, False),
+        (4, True),
+    ]
+    assert storage.names(uri) == ["step-00000004"]
 
 
 def test_a_save_is_of_the_moment_it_was_started(tmp_path: Path) -> None:

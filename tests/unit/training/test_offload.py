@@ -83,6 +83,12 @@ def test_folders_in_use_stay_and_those_of_killed_processes_go(tmp_path: Path) ->
     assert third.path.exists()
 
 
+def test_a_folder_that_goes_just_now_is_none_of_our_business(tmp_path: Path) -> None:
+    (tmp_path / "swap-gone").symlink_to(tmp_path / "nowhere")  # listed, and not there when it is looked into
+    folder = SwapFolder(str(tmp_path))
+    assert folder.path.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"zero.nvme_path = .*file/disk' cannot be written"):

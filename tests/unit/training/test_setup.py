@@ -404,10 +404,12 @@ def test_what_a_continued_run_may_and_may_not_change(place: Place) -> None:
         "loop": {"max_steps": 9, "microbatch_size": 1, "time_limit_s": 5.0, "checkpoint_every_s": 1.0},
         "zero": {"stage": 2},
         "bundle": None,
+        "objective": {"stage": {"model": {"activation_checkpointing": True}}},
+        "run": str(shutil.move(first.run, place.root / "moved-run")),
     }
     changed = prepare_run(place.config().merged(again)).config
-    RunFolder(first.run).open(changed)
-    assert json.loads(Path(first.run, "config.json").read_text()) == changed.to_dict()
+    RunFolder(changed.run).open(changed)
+    assert json.loads(Path(changed.run, "config.json").read_text()) == changed.to_dict()
     forbidden: dict[str, dict[str, Any]] = {
         "seed was 0, is now 1": {"seed": 1},
         "optimizer.learning_rate was 0.001, is now 0.002": {"optimizer": {"learning_rate": 2e-3}},
@@ -419,6 +421,18 @@ def test_what_a_continued_run_may_and_may_not_change(place: Place) -> None:
         with pytest.raises(ConfigError) as caught:
             prepare_run(changed.merged(change))
         assert field in str(caught.value)
+
+
+def test_a_run_that_is_to_be_longer_has_not_ended(place: Place) -> None:
+    config = prepare_run(place.config(loop={"max_steps": 9})).config
+    run = RunFolder(config.run)
+    run.finish({"step": 9, "seconds": 5.0})
+    assert run.summary_of(config.loop) == run.summary()
+    assert run.summary_of(config.merged({"loop": {"max_steps": 99, "time_limit_s": 5.0}}).loop) is not None
+    longer = config.merged({"loop": {"max_steps": 99}})
+    assert run.summary_of(longer.loop) is None
+    run.open(longer)
+    assert run.summary() is None  # nor does it look so to who watches it
 
 
 def test_a_continued_run_refuses_other_records_and_takes_a_copy_of_its_own(place: Place) -> None:

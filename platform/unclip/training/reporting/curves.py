@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from unclip.training.reporting.run_tail import Record
+from unclip.training.reporting.view import BUCKET
 from unclip.training.run_folder import RunFolder
 from unclip.utils import storage
 
@@ -136,7 +137,10 @@ def _panels(drawn: Sequence[Curves]) -> list[tuple[str, Draw]]:
         if any(f"time_{phase}" in record for record in curves.records for phase in PHASE_COLORS):
             panels.append((f"time of {curves.name}, %", partial(_draw_time, of=curves)))
     names = dict.fromkeys(name for curves in drawn for record in curves.validations for name in record["metrics"])
-    panels += [(f"validation: {name}", partial(_draw_validation, name=name)) for name in names]
+    by_step = [name for name in names if not BUCKET.fullmatch(name)]
+    by_timestep = dict.fromkeys(found[1] for name in names if (found := BUCKET.fullmatch(name)))
+    panels += [(f"validation: {name}", partial(_draw_validation, name=name)) for name in by_step]
+    panels += [(f"last validation: {name} by timestep", partial(_draw_buckets, name=name)) for name in by_timestep]
     return panels
 
 
@@ -171,12 +175,23 @@ def _draw_validation(axes: Axes, drawn: Sequence[Curves], *, name: str) -> None:
         _mark(axes, curves)
 
 
+def _draw_buckets(axes: Axes, drawn: Sequence[Curves], *, name: str) -> None:
+    """The first validation is faint."""
+    for curves in drawn:
+        done = [record["metrics"] for record in curves.validations if name in record["metrics"]]
+        for metrics, alpha in zip((done[:1] + done[-1:])[-2:], (0.3, 1.0), strict=False):
+            buckets = [(found, value) for key, value in metrics.items() if (found := BUCKET.fullmatch(key))]
+            of_name = [((int(found[2]) + int(found[3])) / 2, value) for found, value in buckets if found[1] == name]
+            axes.plot(*zip(*of_name, strict=True), "o-", color=curves.color, alpha=alpha, markersize=3, linewidth=1.2)
+
+
 def _mark(axes: Axes, curves: Curves) -> None:
     for step in curves.restarts:
         axes.axvline(step, color=curves.color, linestyle="--", linewidth=0.8, alpha=0.7)
-    bottom = [0.0] * len(curves.skipped)
-    at_bottom = axes.get_xaxis_transform()
-    axes.plot(curves.skipped, bottom, "|", color=curves.color, markersize=10, clip_on=False, transform=at_bottom)
+    if curves.skipped:  # a line of nothing that is not clipped has no place, for which the layout would look
+        bottom = [0.0] * len(curves.skipped)
+        at_bottom = axes.get_xaxis_transform()
+        axes.plot(curves.skipped, bottom, "|", color=curves.color, markersize=10, clip_on=False, transform=at_bottom)
 
 
 def _points(

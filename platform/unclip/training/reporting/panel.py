@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unclip.training.reporting.run_tail import News, Record
+from unclip.training.reporting.view import BUCKET
 from unclip.training.timing import PHASES
 
 WIDTH, SPARK_WIDTH, BAR_WIDTH = 80, 40, 66
@@ -86,7 +87,8 @@ class RunPanel:
         """What not every run has: validations, restarts, checkpoints that failed."""
         lines = []
         if self._validation is not None:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in self._validation["metrics"].items())
+            metrics = self._validation["metrics"].items()
+            values = "  ".join(f"{name} {value:.4g}" for name, value in metrics if not BUCKET.fullmatch(name))
             lines.append(Text.assemble((f"validation of step {self._validation['step']}  ", "dim"), values))
         if self._restarts:
             last = describe_restart(self._restarts[-1])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
 from unclip.training.config import TrainConfig
 from unclip.training.reporting.run_tail import News, Record
 from unclip.utils import storage
+
+BUCKET = re.compile(r"(.+)_t(\d+)-(\d+)")
+"""A metric of a range of timesteps, as `loss_t000-099`."""
 
 
 class View(Protocol):

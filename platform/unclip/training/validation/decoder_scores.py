@@ -86,9 +86,14 @@ def _of_records(records: HeldOut, rows: int, stage: DecoderStageConfig) -> _Prom
     states = stage.model.text_states
     if states is not None:
         inputs["text_states"] = inputs["text_states"].float().unflatten(1, (states.context_length, states.state_dim))
-    column = "caption" if "caption" in records.manifest.columns else stage.label_column
-    captions = [""] * len(batch["id"]) if column is None else records.text(column, len(batch["id"]))
+    captions = _named(records, len(batch["id"]), stage)
     return _Prompts(captions, inputs, batch["image"])
+
+
+def _named(records: HeldOut, count: int, stage: DecoderStageConfig) -> list[str]:
+    """What is said of each record: its class where that is all that the decoder is told, else its caption."""
+    column = stage.label_column if _told(stage) == ["label"] else "caption"
+    return records.text(column, count) if column and column in records.manifest.columns else [""] * count
 
 
 def _of_captions(

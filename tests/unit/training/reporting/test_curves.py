@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +72,27 @@ def test_panels_hold_the_values_of_every_run(tmp_path: Path) -> None:
     assert [line.get_xydata().tolist() for line in shown["validation: loss"].lines[:1]] == [[[2.0, 0.5]]]
     assert len(shown["time of a/run, %"].collections) == 7
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a/run", "b/run"]
+
+
+def test_runs_without_skipped_steps_are_laid_out(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    for step in range(1, 6):
+        run.append(run.metrics_uri, record(step))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where it gives the layout up
+        figure_of([Curves.read(run, "run", "red")]).savefig(io.BytesIO(), format="png")
+
+
+def test_buckets_of_timesteps_share_a_panel(tmp_path: Path) -> None:
+    run = written(tmp_path / "run")
+    for step, scale in ((4, 1.0), (6, 2.0)):
+        metrics = {"loss": 0.5, "loss_t000-499": scale, "loss_t500-999": 3 * scale, "mse": 0.25}
+        line = {"step": step, "seconds": 1.0, "metrics": metrics, "samples": None}
+        run.append(run.validation_uri, line)
+    shown = panels(figure_of([Curves.read(run, "run", "red")]))
+    assert list(shown)[-3:] == ["validation: loss", "validation: mse", "last validation: loss by timestep"]
+    lines = [line.get_xydata() for line in shown["last validation: loss by timestep"].lines]
+    assert np.allclose(lines[-1], [[249.5, 2.0], [749.5, 6.0]])
 
 
 def test_smoothing() -> None:

@@ -23,7 +23,7 @@ def rendered(shown: RunPanel, width: int = 100) -> str:
 def test_the_panel_shows_what_the_records_have() -> None:
     shown = RunPanel("prior", "runs/x")
     assert "waiting for the first steps" in rendered(shown)
-    validation = {"step": 10, "metrics": {"loss": 0.125}, "samples": None}
+    validation = {"step": 10, "metrics": {"loss": 0.125, "loss_t000-099": 0.75}, "samples": None}
     records = (record(10, checkpoint_step=10), record(25, checkpoint_step=10, skipped_steps=3))
     assert shown.update(News(records=records, validations=(validation,))) == []
     text = " ".join(rendered(shown).replace("│", " ").split())
@@ -47,6 +47,7 @@ def test_the_panel_shows_what_the_records_have() -> None:
         "validation of step 10 loss 0.125",
     ):
         assert part in text, part
+    assert "loss_t000-099" not in text
 
 
 def test_what_is_not_known_is_not_shown() -> None:

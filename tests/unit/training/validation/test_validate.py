@@ -210,3 +210,16 @@ def test_a_guide_s_accuracy_by_noise(config: Any, stage: StageName) -> None:
     assert found.metrics["accuracy"] == pytest.approx(np.mean(accuracies))
     assert "loss_t900-999" in found.metrics
     assert found.grid is None
+
+
+def test_a_decoder_of_classes_is_shown_by_what_it_is_told(openmoji: str, tmp_path: Path) -> None:
+    changes = {
+        "run": str(tmp_path / "run"),
+        "bundle": None,
+        "data": {"path": f"{openmoji}/64/train"},
+        "validation": {"every_steps": 1, "data": f"{openmoji}/64/heldout", "samples": 10, "rows": 3},
+    }
+    config = prepare_run(RECIPES["decoder"]["adm_debug"]().merged(changes)).config
+    grid = validated(config).grid
+    assert grid is not None
+    assert [said for said, _ in grid.rows] == HeldOut(config, CPU).text("colour", 3)
