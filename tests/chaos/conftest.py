@@ -41,8 +41,8 @@ def configure(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Config
             "clip": None,
             "data": {"path": f"{openmoji}/256/train"},
             "loop": {"max_steps": STEPS, "log_every": 1, "checkpoint_every_s": 2.0},
-            # Rounding of sums in another order must not become steps of full length, in 150 steps of them.
-            "optimizer": {"eps": 1e-5},
+            # At the recipe's rate a difference in the last bit grows a thousandfold in 60 steps, of one worker and of two.
+            "optimizer": {"eps": 1e-5, "learning_rate": 1e-4},
             "resources": {"num_workers": 2, "wait_s": 120.0},
             "reporting": {"tensorboard": False},
         }

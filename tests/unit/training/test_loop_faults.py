@@ -248,7 +248,7 @@ def test_a_new_run_may_begin_with_the_weights_of_another(tmp_path: Path, records
     run(source)
     newest = checkpoint.latest(RunFolder(source.config.run).checkpoints_uri)
     assert newest is not None
-    still: dict[str, Any] = {"optimizer": {"learning_rate": 1e-30, "ema_decay": 0.5}, "seed": 5}
+    still: dict[str, Any] = {"optimizer": {"learning_rate": 1e-300, "ema_decay": 0.5}, "seed": 5}
     prepared = prepare("prior", tmp_path, records, init_from=source.config.run, loop={"max_steps": 1}, **still)
     run(prepared)
     after = {name: value for name, value in stored(prepared).items() if name.startswith("fp32/")}
