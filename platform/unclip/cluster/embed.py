@@ -23,7 +23,7 @@ from unclip.config.base import Config, ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, part_name, write_part
-from unclip.data.embedding import MICROBATCH, EmbeddingStatistics
+from unclip.data.embedding import MICROBATCH, EmbeddingStatistics, clip_inputs
 from unclip.data.manifest import FACTS_FILE, DataError, read_slices, records_identity, scan
 from unclip.training.setup import absolute_clip, clip_facts, load_clip_named
 from unclip.utils import storage
@@ -82,9 +82,7 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
         preflight.check_without_claiming(resources, clip_in_stream=True)
         return {"rows": manifest.rows, "clip": facts}
     if not is_complete:
-        spec = BatchSpec(
-            clip_image_size=clip.image_size, clip_tokenizer=config.clip, clip_context_length=clip.context_length
-        )
+        spec = BatchSpec(**clip_inputs(clip, config.clip))
         with session.session(), _plain_errors():
             preflight.check_resources(resources, clip_in_stream=True)
             _embed_missing(config, folder, spec)

@@ -20,6 +20,15 @@ CLIP_INPUTS = ("clip_image", "clip_tokens")
 """Arrays that only a CLIP in the stream needs."""
 
 
+def clip_inputs(clip: ClipModel, source: str) -> dict[str, Any]:
+    """Fields of a `BatchSpec` by which batches hold the inputs of `clip`, which `source` names."""
+    return {
+        "clip_image_size": clip.image_size,
+        "clip_tokenizer": source,
+        "clip_context_length": clip.context_length,
+    }
+
+
 class ClipEmbedStage:
     """A batch job's stage: pictures and tokens in, their CLIP embeddings beside them out.
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from unclip.config.base import Config
 from unclip.pipelines.stages import StageName
+from unclip.training.engine import Precision
 from unclip.training.offload import Offload
 
 GpuName = Literal["b200", "h200", "h100", "a100-80", "a100-40", "l40s", "a10g", "v100", "t4"]
@@ -26,7 +27,7 @@ class PlanConfig(Config):
     """How many of them: a worker each."""
     zero: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage; none: the recipe's."""
-    precision: Literal["fp32", "autocast", "bf16"] | None = None
+    precision: Precision | None = None
     """Float types as zero.precision; none: the recipe's."""
     offload_optimizer: Offload = "none"
     """Where the updated weights, moments and averages lie."""

@@ -51,7 +51,7 @@ class Planner:
         self.config = _train_config(plan)
         self.batch = plan.global_batch or self.config.loop.global_batch_size
         self.max_steps = plan.steps or self.config.loop.max_steps
-        self.recomputing = "'activation_checkpointing': True" in str(self.config.objective.to_dict())
+        self.recomputing = with_checkpointing(self.config, enabled=False) != self.config
 
     @cached_property
     def network(self) -> Network:

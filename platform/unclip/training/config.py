@@ -115,7 +115,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         workers, batch = self.resources.num_workers, self.loop.global_batch_size
-        if batch % workers or self.rank_batch_size % self.microbatch_size:
+        if not self._can_be_shared(workers):
             raise ValueError(
                 f"loop.global_batch_size = {batch} must be a multiple of resources.num_workers = {workers}, and each "
                 f"worker's share of loop.microbatch_size = {self.loop.microbatch_size} unless it is smaller"
@@ -136,13 +136,13 @@ class TrainConfig(Config):
     def worker_counts(self) -> tuple[int, ...]:
         """Numbers of workers that the run may have, most first: those from min_workers to num_workers that can share
         the global batch in whole micro-batches."""
-        most, batch = self.resources.num_workers, self.loop.global_batch_size
-        counts = range(most, (self.resources.min_workers or most) - 1, -1)
-        return tuple(
-            count
-            for count in counts
-            if batch % count == 0 and (batch // count) % min(self.loop.microbatch_size, batch // count) == 0
-        )
+        most = self.resources.num_workers
+        return tuple(filter(self._can_be_shared, range(most, (self.resources.min_workers or most) - 1, -1)))
+
+    def _can_be_shared(self, workers: int) -> bool:
+        """Whether each of so many workers has the same part of the global batch, in whole micro-batches."""
+        share, rest = divmod(self.loop.global_batch_size, workers)
+        return rest == 0 and share % min(self.loop.microbatch_size, share) == 0
 
     @property
     def microbatch_size(self) -> int:

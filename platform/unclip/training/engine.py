@@ -34,13 +34,16 @@ from unclip.training.optim import EmaAdamW, OptimizerConfig, ema_decay_at
 LARGEST_BUCKET = 100_000_000
 """Elements reduced or gathered at once. DeepSpeed's own 500 million would set 2 GB aside for any model."""
 
+Precision = Literal["fp32", "autocast", "bf16"]
+"""What a step computes in, see above."""
+
 
 class ZeroConfig(Config):
     """How DeepSpeed spreads the training state over the workers, and in which precision it computes."""
 
     stage: Literal[0, 1, 2, 3] = 1
     """What is sharded: 0 nothing, 1 moments and averages, 2 gradients as well, 3 weights as well."""
-    precision: Literal["fp32", "autocast", "bf16"] = "autocast"
+    precision: Precision = "autocast"
     """autocast: matrix products and convolutions in bfloat16, weights float32. bf16: the weights that compute, and their
     gradients, in bfloat16 too, which needs stage 1 or more. Updated weights, moments and averages are always float32."""
     offload_optimizer: Offload = "none"

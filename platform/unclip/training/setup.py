@@ -10,6 +10,7 @@ import numpy as np
 
 from unclip.config.base import ConfigError
 from unclip.data.batches import BatchSpec
+from unclip.data.embedding import clip_inputs
 from unclip.data.labels import check_labels, distinct_labels
 from unclip.data.manifest import DataError, Manifest, check_same_types, records_identity, scan
 from unclip.data.order import RunOrder, batch_shares
@@ -287,14 +288,9 @@ def load_clip_named(source: str) -> ClipModel:
 def _clip_in_stream(config: TrainConfig) -> dict[str, Any]:
     assert config.clip is not None  # TrainConfig sees to it
     clip = load_clip_named(config.clip)
-    inputs = {
-        "clip_image_size": clip.image_size,
-        "clip_tokenizer": config.clip,
-        "clip_context_length": clip.context_length,
-    }
     facts = clip_facts(clip, config.clip, text_states="text_states" in config.objective.embedding_columns)
     _check_text_states(config, facts, f"those of clip = {config.clip!r}")
-    return {**facts, "statistics": None, "inputs": inputs}
+    return {**facts, "statistics": None, "inputs": clip_inputs(clip, config.clip)}
 
 
 def _fitted(config: TrainConfig, clip: dict[str, Any]) -> TrainConfig:

@@ -94,7 +94,7 @@ class Watchdog:
             world_size=self._world_size,
             step=self.step,
             waiting_for=what,
-            waited_s=round(time.monotonic() - since, 1),
+            waited_s=round(time.monotonic() - since, 3),
             stack="".join(traceback.format_stack(frame)) if frame else "",
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )

@@ -83,7 +83,7 @@ class _Lines:
             whole, _, _ = self._rest(parts[number]).rpartition(b"\n")
             if whole:
                 self._offset += len(whole) + 1
-                found += [record for line in whole.split(b"\n") if (record := _parse(line)) is not None]
+                found += [json.loads(line) for line in whole.split(b"\n")]
         return found
 
     def _parts(self) -> list[str]:
@@ -98,12 +98,3 @@ class _Lines:
         rest = fs.cat_file(path, start=self._offset)
         assert isinstance(rest, bytes)
         return rest
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record; None for half a line, as a writer that was killed or a full disk leaves it."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

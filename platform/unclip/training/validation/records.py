@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from unclip.data.batches import BatchSpec, make_batch
-from unclip.data.embedding import ClipEmbedStage
+from unclip.data.embedding import ClipEmbedStage, clip_inputs
 from unclip.data.manifest import Manifest, read_slices, scan
 from unclip.models.clip import load_clip
 from unclip.training.config import TrainConfig
@@ -75,13 +75,7 @@ def _source_of_batches(config: TrainConfig, device: torch.device) -> tuple[Batch
     if config.data.embeddings == "columns" or not spec.embeddings:
         return spec, None
     assert config.clip is not None
-    clip = load_clip(config.clip)
-    inputs = {
-        "embeddings": (),
-        "clip_image_size": clip.image_size,
-        "clip_tokenizer": config.clip,
-        "clip_context_length": clip.context_length,
-    }
+    inputs = {"embeddings": (), **clip_inputs(load_clip(config.clip), config.clip)}
     stage = ClipEmbedStage(config.clip, str(device), text_states="text_states" in spec.embeddings)
     stage.setup()
     return spec.merged(inputs), stage
