@@ -39,7 +39,7 @@ START_S, EMBED_S, GENERATE_S, LEAST_S = 18.0, 12.0, 40.0, 5.0
 """What a stage's start takes beside its training, the embedding and the pictures; the least that a stage trains."""
 
 DRAWINGS = {64: 128, 256: 256, 1024: 96}
-"""Training drawings of each size in 12 minutes; more time takes more of them."""
+"""Training drawings of each size in up to 12 minutes; more time takes more of them."""
 
 PROMPTS = (
     "a red heart",
@@ -95,8 +95,8 @@ class Demo:
     def _prepare(self) -> None:
         """As many drawings as the time lets a small model learn; fewer at the large sizes, where crops are enough."""
         for size, limit in DRAWINGS.items():
-            limit = int(limit * self.config.minutes / 12)
-            prepare(PrepareConfig(out=self.data, sizes=(size,), limit=max(limit, 16)))
+            limit = int(limit * max(1.0, self.config.minutes / 12))  # never fewer than a batch
+            prepare(PrepareConfig(out=self.data, sizes=(size,), limit=limit))
 
     def _train(self, stage: StageName) -> None:
         recipe = RECIPES[stage]["demo"]()

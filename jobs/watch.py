@@ -27,25 +27,54 @@ class WatchConfig(Config):
     out: str = "curves.png"
     """The picture, local or `s3://`."""
     follow: bool = False
-    """Shows the runs on the terminal too, and draws again until all of them have ended."""
+    """Shows the runs on the terminal too, and draws again until all of them have ended or nobody trains them."""
     every_s: float = Field(default=10.0, gt=0)
     """Seconds between two pictures of runs that are followed."""
 
 
+SILENT_S = 30.0
+"""Without a change of its file, which it writes every ten seconds, a driver counts as gone."""
+
+
+class Driver:
+    """The process that trains a run, by the file that it keeps writing."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._uri = run.driver_uri
+        self._sign = b""
+        self._since = time.monotonic()
+
+    def is_gone(self) -> bool:
+        """Whether nobody trains the run: there is no such file, or it has not changed for long."""
+        try:
+            sign = storage.read_bytes(self._uri)
+        except FileNotFoundError:
+            return True
+        if sign != self._sign:
+            self._sign, self._since = sign, time.monotonic()
+        return time.monotonic() - self._since > SILENT_S
+
+
 def follow(config: WatchConfig, runs: Sequence[RunFolder]) -> None:
-    """Until each run has stored what it came to, or Ctrl-C."""
+    """Until each run has stored what it came to or has no driver any more, or Ctrl-C."""
     tails = [RunTail(run) for run in runs]
     panels = [RunPanel(_stage(run), run.uri) for run in runs]
+    drivers = [Driver(run) for run in runs]
     screen = Screen(panels)
     try:
         while True:
+            gone = [driver.is_gone() for driver in drivers]  # before the summaries: a driver stores one, then goes
             summaries = [run.summary() for run in runs]  # before the tails: what they miss then is nothing
             for tail, panel in zip(tails, panels, strict=True):
                 for text in panel.update(tail.look()):
                     screen.say(panel.title, text)
             screen.refresh()
             draw_curves(runs, config.out)
-            if all(map(_has_ended, summaries, panels)):
+            ended = list(map(_has_ended, summaries, panels))
+            if all(a or b for a, b in zip(ended, gone, strict=True)):
+                for panel, has_ended in zip(panels, ended, strict=True):
+                    if not has_ended:
+                        screen.say(panel.title, "nobody trains this run; its job goes on with it")
                 return
             time.sleep(config.every_s)
     except KeyboardInterrupt:

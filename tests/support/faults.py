@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._answer(status, headers, content, kind)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _handle  # noqa: N815
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _handle
 
     def _request_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":

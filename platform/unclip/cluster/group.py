@@ -32,6 +32,10 @@ class Group:
         """By worker 0: the first step is done."""
         _put(f"{self._key}/step", "done")
 
+    def announce_end(self) -> None:
+        """By worker 0: its part is done."""
+        _put(f"{self._key}/end", "done")
+
     def has_started(self) -> bool:
         """Whether the workers are there."""
         return _get(f"{self._key}/start") is not None
@@ -39,6 +43,10 @@ class Group:
     def has_stepped(self) -> bool:
         """Whether they have done a step."""
         return _get(f"{self._key}/step") is not None
+
+    def has_ended(self) -> bool:
+        """Whether worker 0 has done its part."""
+        return _get(f"{self._key}/end") is not None
 
     def workers_of_nodes(self) -> dict[str, int]:
         """How many workers each node has, by the node's id. Empty before the start."""
@@ -53,7 +61,7 @@ class Group:
         with suppress(Exception):  # of a cluster that is gone
             if (placement := self._placement()) is not None:
                 remove_placement_group(placement)
-            for event in ("start", "step"):
+            for event in ("start", "step", "end"):
                 internal_kv._internal_kv_del(f"{self._key}/{event}")
 
     def _placement(self) -> PlacementGroup | None:

@@ -38,7 +38,7 @@ class Lease:
     """
 
     def __init__(self, run: RunFolder) -> None:
-        self._uri = storage.join(run.uri, "driver.json")
+        self._uri = run.driver_uri
         self._run_uri = run.uri
         process = psutil.Process()
         self._driver: dict[str, Any] = {

@@ -51,12 +51,16 @@ class ClusterSignals:
         return self._reason
 
     def _watch(self) -> None:
+        silent = False
         while self._reason is None:
             time.sleep(LOOK_EVERY_S)
             try:
                 self._look()
+                silent = False
             except Exception:
-                _log.warning("the cluster did not say how its nodes are", exc_info=True)
+                if not silent:  # said once for each time that the cluster is away
+                    _log.warning("the cluster did not say how its nodes are", exc_info=True)
+                silent = True
 
     def _look(self) -> None:
         self._own = self._own or self._group.workers_of_nodes()

@@ -26,6 +26,8 @@ WorkerFunction = Callable[[ray.data.DataIterator, int, torch.device], dict[str, 
 
 START_LIMIT_S = 900.0
 """Longest time from asking for workers to the first line of their function; Ray's own limits on parts of it are shorter."""
+END_LIMIT_S = 300.0
+"""Longest time from the end of worker 0's function to its answer: Ray ends the other workers, and the stream, meanwhile."""
 COLLECTIVE_TIMEOUT_S = 1800.0
 """Longest wait of a worker for the others, where the caller has no limit of its own."""
 _POLL_S = 0.25
@@ -33,6 +35,10 @@ _POLL_S = 0.25
 
 class StartError(RuntimeError):
     """The workers did not start in time."""
+
+
+class EndError(RuntimeError):
+    """Worker 0 had done its part, and its answer did not come in time."""
 
 
 def run_workers(
@@ -50,7 +56,7 @@ def run_workers(
     `stream_factory` is called in Ray Train's controller. `group` is a new one, and released at the end. `watch` is called
     several times a second while the group lives; where it raises, the group is ended and the error goes on to the caller.
     Raises `ray.train.TrainingFailedError` or `ray.exceptions.RayError` where a worker, or Ray Train's controller, failed
-    or died, and `StartError` where they never came to `function`.
+    or died, `StartError` where they never came to `function`, and `EndError` where they did not end after it.
     """
     with tempfile.TemporaryDirectory(prefix="unclip-ray-") as scratch:  # Ray Train has nothing of ours to keep
         trainer = TorchTrainer(
@@ -95,7 +101,7 @@ def _wait_for(trainer: TorchTrainer, group: Group, watch: Callable[[], None] | N
             ended.put(error)
 
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
-    started, has_started = time.monotonic(), False
+    started, has_started, ended_at = time.monotonic(), False, None
     while True:
         with suppress(queue.Empty):
             answer = ended.get(timeout=_POLL_S)
@@ -105,18 +111,25 @@ def _wait_for(trainer: TorchTrainer, group: Group, watch: Callable[[], None] | N
         has_started = has_started or group.has_started()
         if not has_started and time.monotonic() - started > START_LIMIT_S:
             raise StartError(f"the workers have not started in {START_LIMIT_S:.0f} s")
+        ended_at = ended_at or (time.monotonic() if group.has_ended() else None)
+        if ended_at is not None and time.monotonic() - ended_at > END_LIMIT_S:
+            raise EndError(f"worker 0 was done {END_LIMIT_S:.0f} s ago, and Ray Train has not brought its answer")
         if watch is not None:
             watch()
 
 
 def _start_worker(settings: Mapping[str, Any]) -> dict[str, Any]:
-    context = ray.train.get_context()
-    if context.get_world_rank() == 0:
-        settings["group"].announce_start()
+    context, group = ray.train.get_context(), settings["group"]
+    rank = context.get_world_rank()
+    if rank == 0:
+        group.announce_start()
     device = get_device()
     if device.type == "cpu":
         # Ray gives a worker as many threads as it reserves CPUs, which on small machines are fractions of a core.
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(settings["threads"] or max(1, cores // context.get_local_world_size()))
     function: WorkerFunction = settings["function"]
-    return function(ray.train.get_dataset_shard("train"), context.get_world_rank(), device)
+    answer = function(ray.train.get_dataset_shard("train"), rank, device)
+    if rank == 0:
+        group.announce_end()
+    return answer

@@ -7,6 +7,7 @@
         restarts.jsonl                             what ended a group of workers before the run was over
         stalls/rank-00001.json                     what workers waited for when they had waited too long
         profile.json  profiles/                    a request for a profile; traces and tables
+        driver.json                                who trains it now, written anew every ten seconds (cluster/lease.py)
         checkpoints/
 
 A run that goes on from a checkpoint does again what came behind it, so the records of steps repeat: those written last count.
@@ -70,6 +71,7 @@ class RunFolder:
         self.stalls_uri = storage.join(self.uri, "stalls")
         self.profile_request_uri = storage.join(self.uri, "profile.json")
         self.profiles_uri = storage.join(self.uri, "profiles")
+        self.driver_uri = storage.join(self.uri, "driver.json")
         self._summary_uri = storage.join(self.uri, "summary.json")
 
     def check(self, config: TrainConfig) -> None:

@@ -24,7 +24,7 @@ def tag_key(tag: str) -> int:
 
 
 class SampleGenerator:
-    """Draws for a batch of samples; row i depends on `keys[i]` and on the number of draws made before, on nothing else.
+    """Draws for a batch of samples; row i depends on `keys[i]` and on the number of its draws before, on nothing else.
 
     Args:
         keys: (B,) int64, one key a sample. Draws come on the device that holds the keys.
@@ -34,7 +34,7 @@ class SampleGenerator:
         if keys.dtype != torch.int64 or keys.ndim != 1:
             raise ValueError(f"keys must be an int64 vector, not {keys.dtype} of shape {tuple(keys.shape)}")
         self.keys = keys
-        self._draws = 0
+        self._draws = torch.zeros_like(keys)  # made so far, of each sample
 
     @classmethod
     def for_samples(cls, seed: int, samples: torch.Tensor, device: torch.device | str | None = None) -> Self:
@@ -49,8 +49,14 @@ class SampleGenerator:
     def select(self, rows: torch.Tensor) -> SampleGenerator:
         """The streams of the samples `rows` (n,) int64, going on from the draws made so far."""
         selected = SampleGenerator(self.keys[rows])
-        selected._draws = self._draws
+        selected._draws = self._draws[rows]
         return selected
+
+    def cat(self, other: SampleGenerator) -> SampleGenerator:
+        """The streams of this one, then those of `other`, each going on from the draws made so far."""
+        both = SampleGenerator(torch.cat([self.keys, other.keys]))
+        both._draws = torch.cat([self._draws, other._draws])
+        return both
 
     def normal(self, shape: tuple[int, ...] = ()) -> torch.Tensor:
         """(B, *shape) float32, standard normal (Box and Muller 1958)."""
@@ -77,15 +83,10 @@ class SampleGenerator:
 
     def _bits(self, count: int) -> torch.Tensor:
         """(B, count) int64 of 64 random bits."""
-        self._draws += 1
-        stream = _mix(self.keys + _signed(self._draws * _GOLDEN))
+        self._draws = self._draws + 1
+        stream = _mix(self.keys + self._draws * _GOLDEN)
         counters = torch.arange(1, count + 1, dtype=torch.int64, device=self.keys.device) * _GOLDEN
         return _mix_(stream[:, None] + counters[None, :])
-
-
-def _signed(value: int) -> int:
-    """`value` modulo 2^64 as a signed number."""
-    return (value + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

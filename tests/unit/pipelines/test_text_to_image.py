@@ -226,7 +226,7 @@ def test_a_class_is_the_one_that_the_prompt_names(tiny_configs: Mapping[str, Sta
     pipeline = Pipeline(stage, upsamplers={})
     unguided = options(decoder={"guidance_scale": 1.0})
     pipeline(["owl", "cat", "owl"], [1, 2, 3], options=unguided)
-    assert stage._denoise.cond.label.label.tolist() == [2, 0, 2]
+    assert stage.network.cond.label.label.tolist() == [2, 0, 2]
     with pytest.raises(ConfigError, match=r"prompt = 'cats': none of the 3 classes; did you mean 'cat'\?"):
         pipeline(["owl", "cats"], [1, 2], options=unguided)
 
@@ -302,7 +302,7 @@ def test_text_states_are_those_of_the_bundles_clip(tiny_bundle: str, tiny_config
     decoder = tiny_configs["decoder"].merged(STATES)
     stage = DecoderStage(decoder, Asked())
     Pipeline(stage, clip=clip, upsamplers={})(PROMPTS, SEEDS, options=options(decoder={"guidance_scale": 1.0}))
-    text = stage._denoise.cond.text
+    text = stage.network.cond.text
     torch.testing.assert_close(text.states, clip.encode_text_states(clip.tokenize(PROMPTS))[1])
     assert text.mask.sum(dim=1).tolist() == [5, 5, 5]
     other = decoder.merged({"model": {"text_states": {"context_length": 12}}})

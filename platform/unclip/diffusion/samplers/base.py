@@ -20,10 +20,10 @@ class SamplerState:
     """(B, ...) the samples."""
 
     last_x_start: torch.Tensor
-    """(B, ...) the clean samples predicted at the step before; what it holds for a sample without one is not used."""
+    """(B, ...) the clean samples predicted at the last step: also what to show of samples that are on their way."""
 
     last_timesteps: torch.Tensor
-    """(B,) int64 timesteps of those predictions; -1 for a sample that has none yet."""
+    """(B,) int64 timesteps of those predictions; -1 for a sample that has none yet, whose `last_x_start` is not used."""
 
     @classmethod
     def start(cls, x_T: torch.Tensor) -> SamplerState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ class DDIM:
         x_s = per_sample(abar_s.sqrt(), x_t) * x_start + per_sample(direction, x_t) * pred_noise
         if noise is not None:
             x_s = x_s + per_sample(variance.sqrt(), x_t) * noise
-        return dataclasses.replace(state, x_t=x_s)
+        return SamplerState(x_t=x_s, last_x_start=x_start, last_timesteps=timesteps)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -35,4 +34,5 @@ class DDPM:
         mean, _ = process.posterior(x_start, x_t, timesteps, prev_timesteps)
         log_variance = process.model_log_variance(variance_values, x_t, timesteps, prev_timesteps)
         deviation = per_sample(prev_timesteps >= 0, x_t) * (0.5 * log_variance).exp()
-        return dataclasses.replace(state, x_t=mean + deviation * required(noise, "ddpm"))
+        x_s = mean + deviation * required(noise, "ddpm")
+        return SamplerState(x_t=x_s, last_x_start=x_start, last_timesteps=timesteps)

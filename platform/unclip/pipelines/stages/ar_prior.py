@@ -7,12 +7,14 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional
 
 from unclip.config.base import Config
 from unclip.diffusion.samplers import Progress
 from unclip.models.ar_prior import ARPriorConfig, ARPriorModel
 from unclip.models.prior import PriorCondition
-from unclip.pipelines.stages.draws import best_of_draws
+from unclip.pipelines.stages.checks import check_unit_norm
+from unclip.pipelines.stages.draws import best_draw, draws_of
 from unclip.utils.random import SampleGenerator
 
 
@@ -84,13 +86,14 @@ class ARPriorStage:
             tokens: (B, L) int64 in the context length of this stage.
             generator: a stream for each of the B captions.
             progress: called with (codes drawn, codes in all), the dot product being one of them.
+
+        Raises `ValueError` where a text embedding is not of unit norm.
         """
-
-        def draw(cond: PriorCondition, streams: SampleGenerator) -> torch.Tensor:
-            codes = draw_codes(self._model, cond, streams, sampling, progress=progress)
-            return self._model.codec.decode(codes)
-
-        return best_of_draws(draw, text_embed, tokens, generator, num_draws=self.config.num_draws)
+        check_unit_norm("text_embed", text_embed)
+        z_t, captions, streams = draws_of(text_embed, tokens, generator, self.config.num_draws)
+        cond = PriorCondition.of_captions(z_t, captions)
+        codes = draw_codes(self._model, cond, streams, sampling, progress=progress)
+        return best_draw(functional.normalize(self._model.codec.decode(codes), dim=1), text_embed)
 
 
 def draw_codes(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -58,11 +57,6 @@ def check_signed(name: str, pictures: torch.Tensor) -> None:
 def channels_last(model: M) -> M:
     """The same network with its convolutions' weights in the layout that they are fastest in."""
     return model.to(memory_format=torch.channels_last)
-
-
-def prepare_of(model: nn.Module) -> Callable[[Any], Any]:
-    """`model.prepare`, which computes once what does not change between the steps of a request."""
-    return cast("Callable[[Any], Any]", model.prepare)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -30,8 +30,8 @@ from unclip.pipelines.stages.checks import (
     check_size,
     check_unit_norm,
     device_of,
-    prepare_of,
 )
+from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
 from unclip.utils.random import SampleGenerator
 
 _KNOWN_CHANNELS = PICTURE_CHANNELS + 1
@@ -124,37 +124,23 @@ def decoder_condition(
     )
 
 
-class DecoderStage:
-    """CLIP image embedding and caption to the first picture (§2.1); arguments as for `PriorStage`."""
+class DecoderStage(DiffusionStage):
+    """CLIP image embedding and caption to the first picture (§2.1); arguments as for `DiffusionStage`."""
 
     def __init__(self, config: DecoderStageConfig, model: nn.Module) -> None:
+        super().__init__(config, channels_last(model))
         self.config = config
-        self._denoise = channels_last(model)
-        self._process = config.diffusion.build()
         self._normalizer = config.normalizer.build().to(device_of(model))
 
-    def sample(
+    def begin(
         self,
         image_embed: torch.Tensor | None,
         tokens: torch.Tensor | None,
         generator: SampleGenerator,
         *,
-        sampling: SamplingConfig,
         further: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        guide: Guide | None = None,
-        progress: Progress | None = None,
-    ) -> torch.Tensor:
-        """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
-
-        Args:
-            image_embed: (B, D) z_i, unit norm; None where the decoder is not told.
-            tokens: (B, L) int64 in the context length of this stage; None where the decoder is not told.
-            generator: a stream for each of the B pictures.
-            further: what else the decoder is told, see `decoder_condition`. Without `known` nothing is known.
-            guide: further guidance, around the classifier-free one.
-
-        Raises `ValueError` where embeddings, pictures or classes are outside their range.
-        """
+    ) -> Start:
+        """Arguments as for `sample`."""
         inputs = dict(further)
         if image_embed is not None:
             check_unit_norm("image_embed", image_embed)
@@ -167,18 +153,38 @@ class DecoderStage:
         if "known" in inputs:
             check_signed("known", inputs["known"])
         self._check_labels(inputs)
-        cond = decoder_condition(self.config.model, inputs, {})
-        pictures = sampling.sample(
-            self._denoise,
-            x_T,
-            self._process,
-            generator,
-            cond,
-            prepare=prepare_of(self._denoise),
-            guide=guide,
-            progress=progress,
-        )
-        return pictures.clamp(-1, 1)
+        return Start(x_T, decoder_condition(self.config.model, inputs, {}))
+
+    def finish(self, x_start: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) in [-1, 1]."""
+        return x_start.clamp(-1, 1)
+
+    def sample(
+        self,
+        image_embed: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        generator: SampleGenerator,
+        *,
+        sampling: SamplingConfig,
+        further: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        x_T: torch.Tensor | None = None,
+        guide: Guide | None = None,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
+
+        Args:
+            image_embed: (B, D) z_i, unit norm; None where the decoder is not told.
+            tokens: (B, L) int64 in the context length of this stage; None where the decoder is not told.
+            generator: a stream for each of the B pictures.
+            further: what else the decoder is told, see `decoder_condition`. Without `known` nothing is known.
+            x_T: (B, 3, S, S) to begin from; None: drawn from `generator`.
+            guide: further guidance, around the classifier-free one.
+
+        Raises `ValueError` where embeddings, pictures or classes are outside their range.
+        """
+        start = self.begin(image_embed, tokens, generator, further=further).at(x_T)
+        return self.run(start, generator, sampling=sampling, guide=guide, progress=progress)
 
     def _check_labels(self, inputs: Mapping[str, torch.Tensor]) -> None:
         label, count = inputs.get("label"), self.config.model.num_classes

@@ -7,14 +7,16 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
+from torch.nn import functional
 
 from unclip.config.base import Config
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.normalizer import EmbeddingNormalizerConfig
 from unclip.models.prior import PriorCondition, PriorConfig, PriorModel
-from unclip.pipelines.stages.checks import check_normalizer, device_of, prepare_of
-from unclip.pipelines.stages.draws import best_of_draws
+from unclip.pipelines.stages.checks import check_normalizer, check_unit_norm, device_of
+from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
+from unclip.pipelines.stages.draws import best_draw, draws_of
 from unclip.utils.random import SampleGenerator
 
 
@@ -61,19 +63,23 @@ class PriorStageConfig(Config):
         return PriorStage(self, model)
 
 
-class PriorStage:
-    """Caption to CLIP image embedding (unCLIP §2.2).
-
-    Args:
-        config: the stage as the bundle describes it.
-        model: its network, on the device and in the precision that it is to run in; the sampler is always float32.
-    """
+class PriorStage(DiffusionStage):
+    """Caption to CLIP image embedding (unCLIP §2.2); arguments as for `DiffusionStage`."""
 
     def __init__(self, config: PriorStageConfig, model: nn.Module) -> None:
+        super().__init__(config, model)
         self.config = config
-        self._model = model
-        self._process = config.diffusion.build()
         self._normalizer = config.normalizer.build().to(device_of(model))
+
+    def begin(self, text_embed: torch.Tensor, tokens: torch.Tensor, generator: SampleGenerator) -> Start:
+        """One draw for each of B captions; arguments as for `sample`."""
+        check_unit_norm("text_embed", text_embed)
+        x_T = generator.normal((self.config.model.embed_dim,))
+        return Start(x_T, PriorCondition.of_captions(text_embed, tokens))
+
+    def finish(self, x_start: torch.Tensor) -> torch.Tensor:
+        """z_i (B, D) of unit norm: CLIP's embeddings lie on the unit sphere, and so the draws are put back on it."""
+        return functional.normalize(self._normalizer.denormalize(x_start), dim=1)
 
     def sample(
         self,
@@ -89,20 +95,10 @@ class PriorStage:
         Args:
             text_embed: (B, D) z_t, unit norm.
             tokens: (B, L) int64 in the context length of this stage.
-            generator: a stream for each of the B captions.
+            generator: a stream for each of the B captions; every draw has one of its own.
+
+        Raises `ValueError` where a text embedding is not of unit norm.
         """
-
-        def draw(cond: PriorCondition, streams: SampleGenerator) -> torch.Tensor:
-            x_T = streams.normal((self.config.model.embed_dim,))
-            normalized = sampling.sample(
-                self._model,
-                x_T,
-                self._process,
-                streams,
-                cond,
-                prepare=prepare_of(self._model),
-                progress=progress,
-            )
-            return self._normalizer.denormalize(normalized)
-
-        return best_of_draws(draw, text_embed, tokens, generator, num_draws=self.config.num_draws)
+        z_t, captions, streams = draws_of(text_embed, tokens, generator, self.config.num_draws)
+        draws = self.run(self.begin(z_t, captions, streams), streams, sampling=sampling, progress=progress)
+        return best_draw(draws, text_embed)

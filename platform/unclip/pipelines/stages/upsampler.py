@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.config.base import Config
+from unclip.diffusion.guidance import Guide
 from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, UpsamplerModel, upsample_low_res
 from unclip.pipelines.pictures import PICTURE_CHANNELS, picture_noise, to_signed, to_uint8
-from unclip.pipelines.stages.checks import channels_last, check_channels, check_signed, check_size, prepare_of
+from unclip.pipelines.stages.checks import channels_last, check_channels, check_signed, check_size
+from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
 from unclip.utils.random import SampleGenerator
 
 
@@ -96,30 +98,15 @@ def low_res_condition(
     return UpsamplerCondition(upsample_low_res(picture, (size, size)), noise_level)
 
 
-class UpsamplerStage:
-    """A picture to the same picture several times as large (§2.1); arguments as for `PriorStage`."""
+class UpsamplerStage(DiffusionStage):
+    """A picture to the same picture several times as large (§2.1); arguments as for `DiffusionStage`."""
 
     def __init__(self, config: UpsamplerStageConfig, model: nn.Module) -> None:
+        super().__init__(config, channels_last(model))
         self.config = config
-        self._denoise = channels_last(model)
-        self._process = config.diffusion.build()
 
-    def sample(
-        self,
-        low_res: torch.Tensor,
-        generator: SampleGenerator,
-        *,
-        sampling: SamplingConfig,
-        progress: Progress | None = None,
-    ) -> torch.Tensor:
-        """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
-
-        Args:
-            low_res: (B, 3, s, s) in [-1, 1] with s = `config.low_res_size`.
-            generator: a stream for each of the B pictures.
-
-        Raises `ValueError` where the pictures have another size or range.
-        """
+    def begin(self, low_res: torch.Tensor, generator: SampleGenerator) -> Start:
+        """Arguments as for `sample`."""
         config = self.config
         expected = (PICTURE_CHANNELS, config.low_res_size, config.low_res_size)
         if tuple(low_res.shape[1:]) != expected:
@@ -128,9 +115,32 @@ class UpsamplerStage:
         level = None
         if config.model.noise_conditioning:
             level = torch.full((len(low_res),), config.low_res_noise_level, dtype=torch.int64, device=low_res.device)
-        cond = low_res_condition(low_res, config.image_size, self._process, noise_level=level, generator=generator)
-        x_T = picture_noise(generator, config.image_size)
-        pictures = sampling.sample(
-            self._denoise, x_T, self._process, generator, cond, prepare=prepare_of(self._denoise), progress=progress
-        )
-        return pictures.clamp(-1, 1)
+        cond = low_res_condition(low_res, config.image_size, self.process, noise_level=level, generator=generator)
+        return Start(picture_noise(generator, config.image_size), cond)
+
+    def finish(self, x_start: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) in [-1, 1]."""
+        return x_start.clamp(-1, 1)
+
+    def sample(
+        self,
+        low_res: torch.Tensor,
+        generator: SampleGenerator,
+        *,
+        sampling: SamplingConfig,
+        x_T: torch.Tensor | None = None,
+        guide: Guide | None = None,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
+
+        Args:
+            low_res: (B, 3, s, s) in [-1, 1] with s = `config.low_res_size`.
+            generator: a stream for each of the B pictures.
+            x_T: (B, 3, S, S) to begin from; None: drawn from `generator`.
+            guide: guidance of the caller's own.
+
+        Raises `ValueError` where the pictures have another size or range.
+        """
+        start = self.begin(low_res, generator).at(x_T)
+        return self.run(start, generator, sampling=sampling, guide=guide, progress=progress)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import threading
+import time
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -127,6 +129,26 @@ def test_the_job_follows_runs_until_they_have_ended(
     run.finish({"step": 5})
     assert watch.main([run.uri, "--out", str(tmp_path / "c.png"), "--follow", "--every-s", "0.1"]) == 0
     assert "prior:   5% step 5/100" in capsys.readouterr().err
+
+
+def test_the_job_does_not_wait_for_a_driver_that_is_gone(
+    tmp_path: Path, watch: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, arguments = written(tmp_path / "run"), ["--out", str(tmp_path / "c.png"), "--follow", "--every-s", "0.1"]
+    assert watch.main([run.uri, *arguments]) == 0  # one that ended and took its file away
+    assert "prior: nobody trains this run; its job goes on with it" in capsys.readouterr().err
+    monkeypatch.setattr(watch, "SILENT_S", 1.0)
+    storage.write_json(run.driver_uri, {"beat": 0})
+
+    def beat() -> None:
+        for beat in range(1, 20):
+            storage.write_json(run.driver_uri, {"beat": beat})
+            time.sleep(0.1)
+
+    lives = threading.Thread(target=beat)
+    lives.start()
+    assert watch.main([run.uri, *arguments]) == 0  # one that is killed after two seconds
+    assert not lives.is_alive()
 
 
 def test_the_job_refuses_what_is_no_run(tmp_path: Path, watch: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
