@@ -65,8 +65,9 @@ class Driver:
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         command = [sys.executable, str(DRIVER), str(path)]
         output = subprocess.PIPE
+        environment, errors = kept | self.environment, subprocess.STDOUT
         return subprocess.Popen(
-            command, env=kept | self.environment, stdout=output, stderr=subprocess.STDOUT, text=True
+            command, env=environment, stdout=output, stderr=errors, text=True, start_new_session=True
         )
 
     def run(self) -> str:

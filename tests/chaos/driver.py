@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from unclip.training.config import TrainConfig
 
 
 def main(path: str) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whoever started the tests
     config = TrainConfig.from_dict(yaml.safe_load(Path(path).read_text()))
     return train_job("chaos", {"chaos": lambda: config}, ["--recipe", "chaos"])
 

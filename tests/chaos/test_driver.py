@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.chaos.conftest import STEPS, Configure, Driver, wait_until_gone
 from tests.support.cluster import assert_same_end, once, step_of, wait_for
 
 from unclip.cluster.fit import fit
+from unclip.cluster.jobs import INTERRUPTED
 from unclip.training.run_folder import RunFolder
 
 CHANCE = random.Random(11)
@@ -42,6 +45,27 @@ def test_a_killed_driver(
     process.kill()
     process.wait()
     wait_until_gone(left, 30)
+    assert step_of(run) < STEPS
+    driver.run()
+    assert_same_end(run, straight)
+
+
+def test_ctrl_c_ends_everything_and_the_same_command_goes_on(
+    configure: Configure, straight: RunFolder, tmp_path: Path
+) -> None:
+    """A terminal sends it to the driver and all that it has started."""
+    config = configure("ctrl-c")
+    run = RunFolder(config.run)
+    driver = Driver(config, tmp_path)
+    process = driver.start()
+    wait_for(lambda: step_of(run) >= 20)
+    workers = descendants(psutil.Process(process.pid), "RayTrainWorker")
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == INTERRUPTED, said[-4000:]
+    assert "the same command goes on from the newest checkpoint" in said
+    wait_until_gone(workers, 30)
     assert step_of(run) < STEPS
     driver.run()
     assert_same_end(run, straight)

@@ -13,8 +13,9 @@ from unclip.cluster.fit import check, fit
 from unclip.cluster.preflight import PreflightError
 from unclip.models.clip import load_clip
 from unclip.pipelines.bundle import Bundle
+from unclip.pipelines.cascade import GenerationOptions
+from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.stages import StageName
-from unclip.pipelines.text_to_image import GenerationOptions, Pipeline
 from unclip.recipes import RECIPES
 from unclip.training.config import TrainConfig
 from unclip.training.run_folder import RunFolder

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.ranks import run_ranks
 from torch.nn import functional
 
 from unclip.training.objectives.contrastive import contrastive_loss
@@ -78,9 +79,7 @@ def whole_batch() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_workers_have_the_loss_and_the_gradients_of_the_whole_batch(
-    run_ranks: Any, world_size: int, tmp_path: Path
-) -> None:
+def test_workers_have_the_loss_and_the_gradients_of_the_whole_batch(world_size: int, tmp_path: Path) -> None:
     answers = run_ranks(one_rank, world_size, tmp_path)
     expected = json.loads(json.dumps(whole_batch()))
     assert len(answers) == world_size

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from tests.support.ranks import run_ranks
 from torch import nn
 
 from unclip.training import zero_state
@@ -37,7 +36,5 @@ def begun(rank: int, world_size: int, folder: Path) -> list[float]:
     return torch.cat(weights).unique().tolist()
 
 
-def test_all_ranks_begin_with_the_checkpoint_that_rank_0_found(
-    run_ranks: Callable[..., list[Any]], tmp_path: Path
-) -> None:
+def test_all_ranks_begin_with_the_checkpoint_that_rank_0_found(tmp_path: Path) -> None:
     assert run_ranks(begun, 2, tmp_path) == [[0.0], [0.0]]

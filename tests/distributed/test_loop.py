@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.embedded import embed, save_clip
+from tests.support.ranks import LAUNCHER, run_ranks
 from tests.support.streams import local_batches
 
 from unclip.diffusion.timestep_sampling import LossAwareTimesteps
@@ -151,7 +152,7 @@ def records(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(records: Path, run_ranks: Callable[..., list[dict[str, Any]]]) -> Path:
+def folder(records: Path) -> Path:
     """Run folders of every case with one worker and with two."""
     for name, case in CASES.items():
         train(prepare(records, name, workers=1), 0, case)
@@ -261,9 +262,9 @@ def late(rank: int, world_size: int, folder: Path) -> None:
 
 
 def test_workers_that_wait_for_each_other_end_and_say_what_for(records: Path, tmp_path: Path) -> None:
-    launcher, root = Path(__file__).with_name("launch.py"), Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     settings = {"PYTHONPATH": f"{root / 'platform'}{os.pathsep}{root}", "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = [sys.executable, str(launcher), __file__, late.__name__]
+    arguments = [sys.executable, str(LAUNCHER), __file__, late.__name__]
     workers = [
         subprocess.Popen(
             [*arguments, str(rank), "2", str(records), str(tmp_path)], env=os.environ | settings, stderr=subprocess.PIPE

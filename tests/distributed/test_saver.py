@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.support.faults import STALL
+from tests.support.ranks import LAUNCHER, run_ranks
 from tests.support.s3 import ObjectStore, object_store
 from torch import nn
 
@@ -278,12 +279,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(run_ranks: Callable[..., list[Any]], folder: Path) -> list[dict[str, Any]]:
+def two(folder: Path) -> list[dict[str, Any]]:
     return run_ranks(two_ranks, 2, folder)
 
 
 @pytest.fixture(scope="module")
-def four(run_ranks: Callable[..., list[Any]], folder: Path, two: object) -> list[dict[str, Any]]:
+def four(folder: Path, two: object) -> list[dict[str, Any]]:
     return run_ranks(four_ranks, 4, folder)
 
 
@@ -339,9 +340,7 @@ def test_a_reader_holds_some_blocks_and_the_slice_under_way(four: list[dict[str,
         assert answer["needed"] < READER_BYTES < answer["total"] / 2
 
 
-def test_a_kill_in_the_middle_of_a_save_costs_that_save(
-    run_ranks: Callable[..., list[Any]], two: object, folder: Path
-) -> None:
+def test_a_kill_in_the_middle_of_a_save_costs_that_save(two: object, folder: Path) -> None:
     """kill -9 during an upload, and during a write: the next start deletes what is left, goes on from the checkpoint before
     and ends where the undisturbed run does."""
     with object_store() as store:
@@ -387,12 +386,12 @@ def kill_in_write(folder: Path) -> None:
 
 def start(function: Callable[..., None], folder: Path) -> list[subprocess.Popen[bytes]]:
     """Two ranks that are going to be killed."""
-    launcher, root = Path(__file__).with_name("launch.py"), Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "platform"), str(root)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     meeting = folder / hashlib.sha256(function.__name__.encode()).hexdigest()
     meeting.mkdir()
-    arguments = [launcher, __file__, function.__name__]
+    arguments = [LAUNCHER, __file__, function.__name__]
     return [
         subprocess.Popen([sys.executable, *map(str, (*arguments, rank, 2, folder, meeting))], env=environment)
         for rank in range(2)

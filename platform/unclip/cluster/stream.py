@@ -60,7 +60,7 @@ UNITS_AHEAD = 2
 _CLIP_CPUS = 0.99
 """Of a CLIP without a GPU. Not what decoders ask for: Ray Data would make one operator of two that ask for the same, and
 the CLIP would wait while its own process decodes."""
-_REST_S = 0.01
+_REST_S, _LONGEST_REST_S = 0.01, 0.16
 _SOURCE = "_source"
 """Column of encoded units: the number of each record's source."""
 
@@ -385,11 +385,22 @@ class _UnitsAhead(BackpressurePolicy):
 
 
 class _Rest(ExecutionCallback):
-    """Lets Ray Data's scheduling loop sleep in every round.
+    """Lets Ray Data's scheduling loop sleep in every round, longer where nothing moves.
 
     While everything waits for the workers, or for the decoders, it would spin and take half a core from either on a small
     machine. Nothing waits for the loop: decoders and workers have units in hand.
     """
 
+    def __init__(self) -> None:
+        self._places: list[tuple[int, int]] = []
+        self._still_s = 0.0
+
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        time.sleep(_REST_S if executor._consumer_idling() else 2 * _REST_S)
+        assert executor._topology is not None
+        places = [
+            (operator.num_active_tasks(), state.total_enqueued_output_blocks())
+            for operator, state in executor._topology.items()
+        ]
+        self._still_s = min(2 * self._still_s, _LONGEST_REST_S) if places == self._places else _REST_S
+        self._places = places
+        time.sleep(self._still_s if executor._consumer_idling() else max(self._still_s, 2 * _REST_S))

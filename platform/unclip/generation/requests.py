@@ -12,8 +12,8 @@ from pydantic import Field
 from unclip.config.base import Config, ConfigError
 from unclip.models.clip import Tokenizer
 from unclip.models.text import caption_mask
+from unclip.pipelines.cascade import Cascade, GenerationOptions
 from unclip.pipelines.guides import check_label
-from unclip.pipelines.text_to_image import Cascade, GenerationOptions
 from unclip.utils import storage
 
 MAX_PROMPT_CHARACTERS = 2000

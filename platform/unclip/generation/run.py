@@ -12,11 +12,12 @@ import torch
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from unclip.config.base import ConfigError
+from unclip.generation.device import DTYPES, chosen_device
 from unclip.generation.outputs import captioned_grid, read_png, read_png_metadata, write_grid, write_png
 from unclip.generation.requests import GenerateConfig, Request, check_prompts, plan
 from unclip.pipelines.bundle import Bundle
-from unclip.pipelines.text_to_image import Cascade, Pipeline, plan_cascade
+from unclip.pipelines.cascade import Cascade, plan_cascade
+from unclip.pipelines.pipeline import Pipeline
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
@@ -39,7 +40,7 @@ class GenerationJob:
         written.
         """
         requests = plan(config)
-        device = _device(config.device)
+        device = chosen_device(config.device)
         bundle = Bundle.load(config.bundle)
         cascade = plan_cascade(bundle.configs, config.options)
         check_prompts(config, requests, cascade)
@@ -57,8 +58,9 @@ class GenerationJob:
 
     def _make(self, requests: Sequence[Request]) -> None:
         config = self.config
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-        pipeline = Pipeline.from_bundle(self.bundle, self.device, dtype=dtype, options=config.options)
+        pipeline = Pipeline.from_bundle(
+            self.bundle, self.device, dtype=DTYPES[config.precision], options=config.options
+        )
         total, there = len(self.requests), len(self.requests) - len(requests)
         with progress_bar(total, "image", done=there) as bar:
             for batch in _batches(requests, config.batch_size):
@@ -108,15 +110,6 @@ class GenerationJob:
 def _show(bar: tqdm[Any], stage: str, done: int, steps: int) -> None:
     bar.set_postfix_str(f"{stage} {done}/{steps}", refresh=False)
     bar.update(0)  # redrawn when it is due
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:

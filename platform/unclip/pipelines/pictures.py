@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from unclip.utils.random import SampleGenerator
 
@@ -22,3 +23,14 @@ def to_signed(pictures: torch.Tensor) -> torch.Tensor:
 def picture_noise(generator: SampleGenerator, size: int) -> torch.Tensor:
     """(B, 3, size, size) standard normal, channels last in memory."""
     return generator.normal((PICTURE_CHANNELS, size, size)).contiguous(memory_format=torch.channels_last)
+
+
+def at_size(pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (N, H, H, 3), H a multiple of `size` -> uint8 (N, size, size, 3): the rounded mean of each block."""
+    side = pictures.shape[1]
+    if pictures.shape[2] != side or side % size:
+        raise ValueError(f"pictures of {pictures.shape[2]}x{side} pixels cannot be scaled down evenly to {size}x{size}")
+    if side == size:
+        return pictures
+    pixels = functional.avg_pool2d(pictures.permute(0, 3, 1, 2).double(), side // size)
+    return pixels.add(0.5).floor().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

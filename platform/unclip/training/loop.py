@@ -121,7 +121,7 @@ class Trainer:
 
     def _steps(self, batches: Batches) -> None:
         loop, window = self.config.loop, LogWindow()
-        self.timer.window()  # what came before is no part of the first line's time
+        self.timer = PhaseTimer()  # what came before is no part of the run's time, nor of its first line's
         mark = time.monotonic()
         while not self.clock.finished(loop) and self._stopped is None:
             self._step(batches, window)

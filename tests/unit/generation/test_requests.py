@@ -7,8 +7,8 @@ import pytest
 
 from unclip.config.base import ConfigError
 from unclip.generation.requests import GenerateConfig, Request, check_prompts, plan
+from unclip.pipelines.cascade import Cascade
 from unclip.pipelines.guides import GuideOptions
-from unclip.pipelines.text_to_image import Cascade
 
 
 def config(**fields: Any) -> GenerateConfig:

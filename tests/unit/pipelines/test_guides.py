@@ -19,10 +19,11 @@ from unclip.config.base import ConfigError
 from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.pipelines.bundle import Bundle, BundleError, save_stage
+from unclip.pipelines.cascade import CascadeOutput, GenerationOptions, plan_cascade
 from unclip.pipelines.guides import GuideOptions, build_guide, check_guides, combined_guide
 from unclip.pipelines.pictures import to_signed
+from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.stages import DecoderStageConfig, StageConfig, stage_config_from_dict
-from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
 from unclip.recipes import RECIPES
 from unclip.utils.random import SampleGenerator
 

@@ -16,6 +16,7 @@ from unclip.config.base import ConfigError
 from unclip.models.ar_prior import ARPriorModel
 from unclip.models.prior import PriorCondition, PriorModel
 from unclip.pipelines.bundle import Bundle, ClipReference, save_stage
+from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.stages import (
     AnyPriorStageConfig,
     ARPriorStageConfig,
@@ -24,7 +25,6 @@ from unclip.pipelines.stages import (
     stage_config_from_dict,
 )
 from unclip.pipelines.stages.ar_prior import draw_code, draw_codes
-from unclip.pipelines.text_to_image import Pipeline
 from unclip.utils.random import SampleGenerator
 
 START, END = 49406, 49407

@@ -13,7 +13,8 @@ from tests.support.streams import local_batches
 
 from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import Bundle
-from unclip.pipelines.text_to_image import GenerationOptions, Pipeline
+from unclip.pipelines.cascade import GenerationOptions
+from unclip.pipelines.pipeline import Pipeline
 from unclip.recipes import RECIPES
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish

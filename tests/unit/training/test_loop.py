@@ -28,7 +28,7 @@ from tests.support.streams import local_batches
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.models.clip import load_clip
 from unclip.pipelines.bundle import Bundle
-from unclip.pipelines.text_to_image import Pipeline
+from unclip.pipelines.pipeline import Pipeline
 from unclip.training import checkpoint
 from unclip.training.checkpoint import CheckpointError
 from unclip.training.export import full_state_dict

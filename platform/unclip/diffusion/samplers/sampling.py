@@ -100,7 +100,7 @@ class MixedSampling:
     """Settings of its own for each sample of a batch; a sample comes out as it would alone, whatever is beside it.
 
     One network call a step serves all samples. An engine that lets requests come and go between steps makes `sampler`
-    and `guided` anew for each membership of its batch, and keeps `SamplerState` and `GuidedCondition` itself.
+    anew for each membership of its batch, and keeps `SamplerState` and the conditions itself.
     """
 
     configs: Sequence[SamplingConfig]

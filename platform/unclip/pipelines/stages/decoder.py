@@ -5,7 +5,7 @@ By what its model is told it is also GLIDE's (caption alone) or ADM's (class).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Literal
 
@@ -33,6 +33,9 @@ from unclip.pipelines.stages.checks import (
 )
 from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
 from unclip.utils.random import SampleGenerator
+
+ConditionPart = Literal["image", "text", "label"]
+"""What a decoder may not see."""
 
 _KNOWN_CHANNELS = PICTURE_CHANNELS + 1
 
@@ -139,9 +142,10 @@ class DecoderStage(DiffusionStage):
         generator: SampleGenerator,
         *,
         further: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        dropped: Collection[ConditionPart] = (),
     ) -> Start:
-        """Arguments as for `sample`."""
-        inputs = dict(further)
+        """Arguments as for `sample`; of the parts in `dropped` the network sees nothing, and they need no input."""
+        inputs = self._placeholders(dropped, generator.keys) | dict(further)
         if image_embed is not None:
             check_unit_norm("image_embed", image_embed)
             inputs["image_embed"] = self._normalizer.normalize(image_embed)
@@ -153,7 +157,8 @@ class DecoderStage(DiffusionStage):
         if "known" in inputs:
             check_signed("known", inputs["known"])
         self._check_labels(inputs)
-        return Start(x_T, decoder_condition(self.config.model, inputs, {}))
+        unseen = torch.ones_like(generator.keys, dtype=torch.bool)
+        return Start(x_T, decoder_condition(self.config.model, inputs, dict.fromkeys(dropped, unseen)))
 
     def finish(self, x_start: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""
@@ -185,6 +190,20 @@ class DecoderStage(DiffusionStage):
         """
         start = self.begin(image_embed, tokens, generator, further=further).at(x_T)
         return self.run(start, generator, sampling=sampling, guide=guide, progress=progress)
+
+    def _placeholders(self, dropped: Collection[ConditionPart], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inputs that stand for the `dropped` parts; the network does not look at them."""
+        model, found = self.config.model, dict[str, torch.Tensor]()
+        if "image" in dropped and model.embed_dim is not None:
+            found["image_embed"] = torch.zeros(len(rows), model.embed_dim, device=rows.device)
+        if "text" in dropped and model.context_length is not None:
+            found["tokens"] = rows.new_zeros(len(rows), model.context_length)
+        if "text" in dropped and model.text_states is not None:
+            shape = (len(rows), model.text_states.context_length, model.text_states.state_dim)
+            found["text_states"] = torch.zeros(shape, device=rows.device)
+        if "label" in dropped and model.num_classes is not None:
+            found["label"] = torch.zeros_like(rows)
+        return found
 
     def _check_labels(self, inputs: Mapping[str, torch.Tensor]) -> None:
         label, count = inputs.get("label"), self.config.model.num_classes

@@ -1,4 +1,4 @@
-"""`run_ranks`: runs a function of a test file in several processes that form a gloo group."""
+"""Runs a function of a test file in several processes that form a gloo group."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 Function = Callable[[int, int, Path], Any]
+LAUNCHER = Path(__file__).with_name("launch.py")
 
 
-@pytest.fixture(scope="module")
-def run_ranks() -> Callable[[Function, int, Path], list[Any]]:
-    """`run_ranks(function, world_size, folder)`: the JSON answers of `function(rank, world_size, folder)`, by rank."""
-    return _run_ranks
-
-
-def _run_ranks(function: Function, world_size: int, folder: Path) -> list[Any]:
+def run_ranks(function: Function, world_size: int, folder: Path) -> list[Any]:
+    """The JSON answers of `function(rank, world_size, folder)`, by rank."""
     meeting = folder / f"ranks-{uuid.uuid4().hex[:8]}"
     meeting.mkdir(parents=True)
     ranks = [_start(function, rank, world_size, folder, meeting) for rank in range(world_size)]
@@ -38,7 +32,7 @@ def _run_ranks(function: Function, world_size: int, folder: Path) -> list[Any]:
 
 
 def _start(function: Function, rank: int, world_size: int, folder: Path, meeting: Path) -> subprocess.Popen[bytes]:
-    launcher, root = Path(__file__).with_name("launch.py"), Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     settings = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)]),  # the package, and tests.support
@@ -46,6 +40,6 @@ def _start(function: Function, rank: int, world_size: int, folder: Path, meeting
         "LOCAL_RANK": str(rank),
     }
     test = [inspect.getfile(function), function.__name__]
-    command = [sys.executable, *map(str, (launcher, *test, rank, world_size, folder, meeting))]
+    command = [sys.executable, *map(str, (LAUNCHER, *test, rank, world_size, folder, meeting))]
     with (meeting / f"output-{rank}.txt").open("w") as output:
         return subprocess.Popen(command, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT)

@@ -12,9 +12,10 @@ from torch import nn
 from unclip.config.base import ConfigError
 from unclip.models.decoder import DecoderCondition
 from unclip.pipelines.bundle import Bundle, BundleError, save_stage
+from unclip.pipelines.cascade import CascadeOutput, GenerationOptions, plan_cascade
 from unclip.pipelines.pictures import to_signed, to_uint8
+from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.stages import DecoderStage, StageConfig, stage_config_from_dict
-from unclip.pipelines.text_to_image import CascadeOutput, GenerationOptions, Pipeline, plan_cascade
 from unclip.utils.random import SampleGenerator
 
 PROMPTS, SEEDS = ["a red circle", "a blue heart", "a woman firefighter"], [7, 8, 7]
@@ -158,8 +159,13 @@ def test_stages_that_a_decoder_needs_are_named(tiny_configs: Mapping[str, StageC
     told = tiny_configs["decoder"].merged(ADM | {"model": {**ADM["model"], "embed_dim": 8}})
     with pytest.raises(BundleError, match=r"is told label, which a prompt does not say"):
         plan_cascade({**tiny_configs, "decoder": told}, GenerationOptions())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="told image_embed, tokens needs clip, and prior"):
-        Pipeline(DecoderStage(tiny_configs["decoder"], nn.Linear(1, 1)), upsamplers={})  # type: ignore[arg-type]
+    decoder_alone = Pipeline(DecoderStage(tiny_configs["decoder"], nn.Linear(1, 1)))  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="needs the stage prior; the bundle has decoder"):
+        decoder_alone(["a dog"], [1])
+    with pytest.raises(ConfigError, match="needs a CLIP; this pipeline has none"):
+        decoder_alone.encode_text(["a dog"])
+    with pytest.raises(ConfigError, match="needs a prior; this pipeline has none"):
+        decoder_alone.draw([1]).prior(["a dog"])
 
 
 # --- decoders that are told no image embedding ------------------------------------------------------------------------

@@ -1,0 +1,259 @@
+"""Pictures of given seeds, stage by stage: every stage takes tensors, wherever they come from, and hands out its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unclip.config.base import ConfigError
+from unclip.diffusion.guidance import Denoise, Guide
+from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.samplers import Progress
+from unclip.pipelines.cascade import CascadeOutput, GenerationOptions
+from unclip.pipelines.guides import combined_guide
+from unclip.pipelines.known import KnownPixels
+from unclip.pipelines.pictures import to_signed, to_uint8
+from unclip.pipelines.stages import StageName
+from unclip.pipelines.stages.decoder import ConditionPart
+from unclip.utils.random import SampleGenerator
+
+if TYPE_CHECKING:
+    from unclip.pipelines.pipeline import Pipeline
+
+StageProgress = Callable[[str, int, int], None]
+"""progress(stage, steps done, steps in all), called after every sampling step."""
+
+Watch = Callable[[str, slice, torch.Tensor], None]
+"""watch(stage, rows, pictures): what these rows of the draw are predicted to become, uint8 (n, S, S, 3), at every step."""
+
+_INPUTS: dict[ConditionPart, tuple[str, ...]] = {
+    "image": ("image_embed",),
+    "text": ("tokens", "text_states"),
+    "label": ("label",),
+}
+
+
+class Draw:
+    """One request: the stages for a picture of each of B seeds, of which every stage has a random stream of its own.
+
+    The same seed gives the same picture as `Pipeline.__call__`, in any batch. `ConfigError` or `BundleError` where the
+    pipeline cannot do what `options` ask for; arguments as for `Pipeline.draw`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        seeds: Sequence[int],
+        *,
+        options: GenerationOptions,
+        progress: StageProgress | None,
+        watch: Watch | None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.cascade = pipeline.plan(options)
+        self._streams = SampleGenerator.for_samples(0, _seed_tensor(seeds), pipeline.device)
+        self._max_pixels = options.max_pixels
+        self._progress, self._watch = progress, watch
+
+    @torch.no_grad()
+    def prior(self, prompts: Sequence[str], *, text_embed: torch.Tensor | None = None) -> torch.Tensor:
+        """z_i (B, D) of unit norm for B captions.
+
+        Args:
+            text_embed: (B, D) z_t, unit norm; None: CLIP's of the captions.
+        """
+        stage = self.pipeline.prior
+        if stage is None:
+            raise ConfigError("the image embedding of a caption needs a prior; this pipeline has none")
+        if text_embed is None:
+            text_embed = self.pipeline.encode_text(prompts)
+        inputs = {
+            "text_embed": text_embed,
+            "tokens": self.pipeline.tokens(prompts, stage.config.model.context_length),
+        }
+        return self._run("prior", inputs, lambda part: stage.sample(**part.inputs, **part.how))
+
+    @torch.no_grad()  # inference_mode would leave no way to take the gradients of guides
+    def decode(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        image_embed: torch.Tensor | None = None,
+        x_T: torch.Tensor | None = None,
+        known: KnownPixels | None = None,
+    ) -> torch.Tensor:
+        """The decoder's pictures, uint8 (B, S, S, 3). What is not given, the decoder does not see.
+
+        Args:
+            prompts: B captions, or names of classes for a decoder of those.
+            image_embed: (B, D) z_i, unit norm.
+            x_T: (B, 3, S, S) to begin from; None: drawn from the seeds.
+            known: pixels that the pictures shall have.
+
+        Raises `ValueError` where a tensor is not what the stage takes, and `ConfigError` where it is not told such a thing.
+        """
+        pipeline, guidance = self.pipeline, self.cascade.guidance
+        config = pipeline.decoder.config
+        if image_embed is not None and config.model.embed_dim is None:
+            raise ConfigError(f"the decoder is told {', '.join(config.model.inputs)}, not an image embedding")
+        told = {} if prompts is None else pipeline.told(prompts)
+        if image_embed is not None:
+            told["image_embed"] = image_embed.to(pipeline.device)
+        dropped = {part for part, names in _INPUTS.items() if not set(names) & told.keys()}
+        targets = {}
+        for name in guidance.gradient_scales:
+            if prompts is None and name == "noised_clip":
+                raise ConfigError("options.decoder.clip_guidance_scale: guides towards a prompt, and there is none")
+            targets[name] = pipeline.guides[name].target(prompts or [""] * self.count, guidance)
+
+        def sample(part: _Part) -> torch.Tensor:
+            inputs = dict(part.inputs)
+            terms = [
+                (scale, pipeline.guides[name].log_probability(inputs.pop(name)))
+                for name, scale in guidance.gradient_scales.items()
+            ]
+            process, pixels = pipeline.decoder.process, self._known(known, part)
+            inner = combined_guide(terms, process) if terms else None
+            if pixels is not None and config.model.inpainting:
+                inputs |= pixels.told
+            z_i, tokens, noise = (inputs.pop(name, None) for name in ("image_embed", "tokens", "x_T"))
+            generator = part.how["generator"]
+            start = pipeline.decoder.begin(z_i, tokens, generator, further=inputs, dropped=dropped).at(noise)
+            guide = self._guide("decoder", part, process, pixels, inner)
+            drawn = pipeline.decoder.run(start, guide=guide, **part.how)
+            return to_uint8(drawn) if pixels is None else pixels.compose(to_uint8(drawn))
+
+        return self._run("decoder", told | targets | ({} if x_T is None else {"x_T": x_T.to(pipeline.device)}), sample)
+
+    @torch.no_grad()
+    def upsample(
+        self, pictures: torch.Tensor, *, known: Mapping[int, KnownPixels] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """The larger pictures by their size, uint8 (B, S, S, 3), each made of the one before.
+
+        Args:
+            pictures: uint8 (B, s, s, 3) of any size that an upsampler of the cascade takes.
+            known: by size, pixels that the pictures shall have.
+        """
+        made: dict[int, torch.Tensor] = {}
+        pictures = pictures.to(self.pipeline.device)
+        if pictures.shape[1] not in self.cascade.sizes.values():
+            sizes = ", ".join(map(str, self.cascade.sizes.values()))
+            raise ValueError(f"pictures of {pictures.shape[1]} pixels: this cascade knows those of {sizes}")
+        for name, stage in self.pipeline.upsamplers.items():
+            size = stage.config.image_size
+            if name not in self.cascade.sizes or size <= pictures.shape[1]:
+                continue
+            # From 8 bits, as in training and in GLIDE: the next stage sees the picture that is handed out.
+            pictures = self._upsampled(name, to_signed(pictures), (known or {}).get(size))
+            made[size] = pictures
+        return made
+
+    def cascade_of(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        image_embed: torch.Tensor | None = None,
+        x_T: torch.Tensor | None = None,
+        known: Mapping[int, KnownPixels] | None = None,
+    ) -> CascadeOutput:
+        """Pictures of every size: `decode`, then `upsample`; `known` by size, the other arguments as there."""
+        size = self.cascade.sizes["decoder"]
+        pictures = self.decode(prompts=prompts, image_embed=image_embed, x_T=x_T, known=(known or {}).get(size))
+        images = {size: pictures} | self.upsample(pictures, known=known)
+        return CascadeOutput(
+            None if image_embed is None else image_embed.cpu(),
+            {side: made.cpu().numpy() for side, made in images.items()},
+        )
+
+    @property
+    def count(self) -> int:
+        return len(self._streams.keys)
+
+    def _upsampled(self, name: Any, low_res: torch.Tensor, known: KnownPixels | None) -> torch.Tensor:
+        stage = self.pipeline.upsamplers[name]
+
+        def sample(part: _Part) -> torch.Tensor:
+            pixels = self._known(known, part)
+            guide = self._guide(name, part, stage.process, pixels, None)
+            drawn = to_uint8(stage.sample(**part.inputs, guide=guide, **part.how))
+            return drawn if pixels is None else pixels.compose(drawn)
+
+        return self._run(name, {"low_res": low_res}, sample)
+
+    def _known(self, known: KnownPixels | None, part: _Part) -> KnownPixels | None:
+        return None if known is None else known.select(part.rows, self.pipeline.device)
+
+    def _guide(
+        self, name: StageName, part: _Part, process: DiffusionProcess, known: KnownPixels | None, inner: Guide | None
+    ) -> Guide | None:
+        """The gradients first, then the known pixels, which they must not move, and what is shown of all that last."""
+        guides = [inner] if inner is not None else []
+        if known is not None:
+            guides.append(known.guide(process))
+        if self._watch is not None:
+            guides.append(_watching(self._watch, name, part.rows, process))
+        return (lambda denoise: reduce(lambda network, guide: guide(network), guides, denoise)) if guides else None
+
+    def _run(
+        self, name: StageName, inputs: Mapping[str, torch.Tensor], sample: Callable[[_Part], torch.Tensor]
+    ) -> torch.Tensor:
+        """What `sample` makes of `inputs`, each (B, ...): as many pictures at once as memory is meant to hold."""
+        for key, tensor in inputs.items():
+            if len(tensor) != self.count:
+                raise ValueError(f"{key} has {len(tensor)} rows for {self.count} seeds")
+        keys = self._streams.child(name).keys
+        at_once = max(1, self._max_pixels // self.cascade.sizes.get(name, 1) ** 2)
+        starts = range(0, len(keys), at_once)
+        outputs = []
+        for index, start in enumerate(starts):
+            rows = slice(start, start + at_once)
+            how = {
+                "generator": SampleGenerator(keys[rows]),
+                "sampling": self.cascade.sampling[name],
+                "progress": self._progress_of(name, index, len(starts)),
+            }
+            outputs.append(sample(_Part(rows, {key: tensor[rows] for key, tensor in inputs.items()}, how)))
+        return torch.cat(outputs)
+
+    def _progress_of(self, name: StageName, index: int, parts: int) -> Progress | None:
+        """The progress of micro-batch `index` as a share of all `parts`."""
+        report = self._progress
+        if report is None:
+            return None
+        return lambda done, steps: report(name, index * steps + done, parts * steps)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a draw that go through a stage together: their inputs, and how the stage samples them."""
+
+    rows: slice
+    inputs: dict[str, Any]
+    how: dict[str, Any]
+
+
+def _watching(watch: Watch, name: StageName, rows: slice, process: DiffusionProcess) -> Guide:
+    """A guide that changes nothing and shows the clean pictures that are predicted."""
+
+    def watched(denoise: Denoise[Any]) -> Denoise[Any]:
+        def shown(x_t: torch.Tensor, timesteps: torch.Tensor, cond: Any) -> torch.Tensor:
+            model_output = denoise(x_t, timesteps, cond)
+            prediction, _ = process.split(model_output.to(x_t.dtype))
+            watch(name, rows, to_uint8(process.pred_x_start(prediction, x_t, timesteps)))
+            return model_output
+
+        return shown
+
+    return watched
+
+
+def _seed_tensor(seeds: Sequence[int]) -> torch.Tensor:
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed {seed}: must fit into 64 bits")
+    return torch.tensor(list(seeds), dtype=torch.int64)
