@@ -1,0 +1,144 @@
+"""A request on its way through the stages, and its rows: what of it is in a stage's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from unclip.diffusion.respacing import step_pairs
+from unclip.diffusion.samplers import SamplingConfig
+from unclip.generation.engine.request import Picture, Request, Result, Ticket
+from unclip.generation.engine.route import Route, Stages
+from unclip.pipelines.options import AnySampling
+from unclip.pipelines.pictures import to_uint8
+from unclip.pipelines.stages import PriorStage, StageName
+from unclip.pipelines.stages.diffusion_stage import DiffusionStage
+from unclip.pipelines.stages.draws import best_draw
+from unclip.utils.random import SampleGenerator
+
+
+@dataclass(eq=False)
+class Row:
+    """One sample in one stage: a picture, or a draw of the prior.
+
+    `pairs` are the (timestep, previous timestep) of its steps, of which it has taken `done`; none where a stage takes no
+    steps that it could share.
+    """
+
+    job: Job
+    stage: StageName
+    draw: int
+    sampling: AnySampling
+    pairs: list[tuple[int, int]]
+    waiting_since: float
+    done: int = 0
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Of its next step."""
+        return self.pairs[self.done]
+
+    @property
+    def stream(self) -> SampleGenerator:
+        """The sample's own, from its beginning."""
+        stream = self.job.stream.child(self.stage)
+        has_draws = self.stage == "prior" and self.pairs  # an autoregressive prior makes all draws of a caption itself
+        return stream.child(f"draw {self.draw}") if has_draws else stream
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way: its stream (one sample), and what its stages have made so far."""
+
+    ticket: Ticket
+    route: Route
+    stream: SampleGenerator
+    submitted: float
+    image_embed: torch.Tensor | None
+    """(1, D) z_i."""
+    low_res: torch.Tensor | None
+    """uint8 (1, s, s, 3): what the next upsampler takes."""
+    text_embed: torch.Tensor | None = None
+    """(1, D) z_t, which the best draw is nearest to."""
+    draws: dict[int, torch.Tensor] = field(default_factory=dict)
+    images: dict[int, Picture] = field(default_factory=dict)
+    began: float | None = None
+    steps: int = 0
+    """Taken in the stage that it is in, by all its rows together."""
+    total: int = 0
+    """Of these, until it is through the stage."""
+
+    @classmethod
+    def of(cls, ticket: Ticket, route: Route, device: torch.device, now: float) -> Job:
+        """The request of `ticket`, which has done nothing yet."""
+        request = ticket.request
+        embed = None if request.image_embed is None else request.image_embed[None].to(device, torch.float32)
+        low_res = None if request.low_res is None else torch.from_numpy(request.low_res)[None].to(device)
+        stream = SampleGenerator.for_samples(0, torch.tensor([request.seed]), device)
+        return cls(ticket, route, stream, now, embed, low_res)
+
+    @property
+    def request(self) -> Request:
+        return self.ticket.request
+
+    @property
+    def caption(self) -> str:
+        """What is encoded for it."""
+        return self.request.prompt or ""
+
+    @property
+    def deadline(self) -> float:
+        timeout = self.request.timeout
+        return float("inf") if timeout is None else self.submitted + timeout
+
+    def rows(self, name: StageName, stages: Stages, now: float) -> list[Row]:
+        """Its rows in stage `name`."""
+        stage, sampling = stages.by_name[name], self.route.sampling[name]
+        draws = 1
+        pairs: list[tuple[int, int]] = []
+        if isinstance(stage, DiffusionStage) and isinstance(sampling, SamplingConfig):
+            total = stage.process.num_train_timesteps
+            pairs = step_pairs(sampling.timesteps(total), total)
+        if isinstance(stage, PriorStage):
+            draws = stage.config.num_draws
+        self.steps, self.total = 0, draws * max(1, len(pairs))
+        return [Row(self, name, draw, sampling, pairs, now) for draw in range(draws)]
+
+    def take(self, row: Row, output: torch.Tensor, stages: Stages) -> bool:
+        """Takes what a stage made of one of its rows (1, ...); whether the stage is done with it."""
+        if row.stage == "prior":
+            return self._take_draw(row, output, stages)
+        pixels = to_uint8(output)
+        size = self.route.sizes[row.stage]
+        known = self.request.known.get(size)
+        if known is not None:
+            pixels = known.select(slice(None), pixels.device).compose(pixels)
+        # From 8 bits, as in training and in GLIDE: the next stage sees the picture that is handed out.
+        self.images[size], self.low_res = pixels[0].cpu().numpy(), pixels
+        return True
+
+    def _take_draw(self, row: Row, output: torch.Tensor, stages: Stages) -> bool:
+        stage = stages.by_name["prior"]
+        if not isinstance(stage, PriorStage):
+            self.image_embed = output
+            return True
+        self.draws[row.draw] = output
+        if len(self.draws) < stage.config.num_draws:
+            return False
+        assert self.text_embed is not None
+        drawn = torch.cat([self.draws[draw] for draw in sorted(self.draws)])
+        self.image_embed = best_draw(drawn, self.text_embed)
+        return True
+
+    def result(self, now: float) -> Result:
+        """Of a request that is through its last stage."""
+        began = now if self.began is None else self.began
+        return Result(
+            image_embed=None if self.image_embed is None else self.image_embed[0].cpu(),
+            images=self.images,
+            seed=self.request.seed,
+            settings=self.route.settings,
+            queue_seconds=began - self.submitted,
+            seconds=now - self.submitted,
+        )

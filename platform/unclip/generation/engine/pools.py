@@ -1,0 +1,228 @@
+"""How rows begin in each kind of stage, and what takes them on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from unclip.diffusion.guidance import Denoise
+from unclip.diffusion.samplers import SamplingConfig
+from unclip.generation.engine.batch import Batch, Entry
+from unclip.generation.engine.captions import Caption
+from unclip.generation.engine.job import Row
+from unclip.generation.engine.padding import as_it_is, compiled, padded_sizes, padding_to
+from unclip.generation.engine.route import AnyStage, Stages
+from unclip.generation.engine.steering import Steering
+from unclip.pipelines.guides import DecoderGuide, GuideName
+from unclip.pipelines.pictures import to_signed
+from unclip.pipelines.stages import ARPriorStage, DecoderStage, PriorStage, UpsamplerStage
+from unclip.pipelines.stages.ar_prior import ARSamplingConfig
+from unclip.pipelines.stages.decoder import ConditionPart
+from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
+from unclip.utils.random import SampleGenerator
+
+EntryT = TypeVar("EntryT")
+
+
+class Pool(ABC, Generic[EntryT]):
+    """The rows of one stage."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Those that are running."""
+
+    @abstractmethod
+    def enter(self, row: Row, caption: Caption) -> EntryT:
+        """What `admit` takes of a row; raises where this row cannot begin."""
+
+    @abstractmethod
+    def admit(self, entries: Sequence[EntryT]) -> None:
+        """Lets rows take part from the next step on; where that raises, none of them does."""
+
+    @abstractmethod
+    def step(self) -> list[tuple[Row, torch.Tensor]]:
+        """One step; returns the rows that are done, and leave, with what the stage made of them (1, ...)."""
+
+    @abstractmethod
+    def drop(self, rows: Collection[Row]) -> None:
+        """Lets rows go."""
+
+    def clean(self, row: Row) -> torch.Tensor | None:
+        """(1, 3, S, S) in [-1, 1]: what the picture of a row on its way was last predicted to become; None has none."""
+        return None
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Rows of all forward passes so far, and those of them that were padding."""
+        return 0, 0
+
+
+class DiffusionPool(Pool[Entry]):
+    """The running batch of a stage that denoises; `enter` is the stage's own."""
+
+    def __init__(self, stage: DiffusionStage, batch: Batch) -> None:
+        self._diffusion, self._batch = stage, batch
+
+    @property
+    def rows(self) -> list[Row]:
+        return self._batch.rows
+
+    def admit(self, entries: Sequence[Entry]) -> None:
+        self._batch.admit(entries)
+
+    def step(self) -> list[tuple[Row, torch.Tensor]]:
+        return self._batch.step()
+
+    def drop(self, rows: Collection[Row]) -> None:
+        self._batch.drop(rows)
+
+    def enter(self, row: Row, caption: Caption) -> Entry:
+        assert isinstance(row.sampling, SamplingConfig)
+        generator = row.stream
+        return Entry(row, row.sampling, self.begin(row, caption, generator), generator, self.steering(row))
+
+    @abstractmethod
+    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+        """Where the row begins; x_T is the first draw of `generator`."""
+
+    def steering(self, row: Row) -> Steering:
+        """What steers the row beside its condition."""
+        known = row.job.request.known.get(row.job.route.sizes.get(row.stage, 0))
+        return Steering(None if known is None else known.select(slice(None), row.job.stream.keys.device))
+
+    def clean(self, row: Row) -> torch.Tensor | None:
+        return self._diffusion.finish(self._batch.clean(row))
+
+    @property
+    def work(self) -> tuple[int, int]:
+        return self._batch.forward_rows, self._batch.padding_rows
+
+
+class PriorPool(DiffusionPool):
+    """The diffusion prior: one row a draw."""
+
+    def __init__(self, stage: PriorStage, batch: Batch) -> None:
+        super().__init__(stage, batch)
+        self._stage = stage
+
+    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+        assert caption.text_embed is not None
+        row.job.text_embed = caption.text_embed
+        tokens = caption.tokens[self._stage.config.model.context_length]
+        return self._stage.begin(caption.text_embed, tokens, generator)
+
+    def clean(self, row: Row) -> torch.Tensor | None:
+        return None
+
+
+class DecoderPool(DiffusionPool):
+    """The decoder, with its guides."""
+
+    def __init__(self, stage: DecoderStage, batch: Batch, guides: Mapping[GuideName, DecoderGuide]) -> None:
+        super().__init__(stage, batch)
+        self._stage, self._guides = stage, guides
+
+    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+        model, request = self._stage.config.model, row.job.request
+        told, known = dict[str, torch.Tensor](), super().steering(row).known
+        if model.inpainting and known is not None:
+            told |= known.told
+        if model.num_classes is not None and request.prompt is not None:
+            label = self._stage.config.classes.index(request.prompt)
+            told["label"] = torch.tensor([label], device=generator.keys.device)
+        if caption.text_states is not None and request.prompt is not None:
+            told["text_states"] = caption.text_states
+        length, unseen = model.context_length, set[ConditionPart]()
+        if request.prompt is None:
+            length, unseen = None, {"text", "label"}
+        tokens = None if length is None else caption.tokens[length]
+        start = self._stage.begin(row.job.image_embed, tokens, generator, further=told, dropped=unseen)
+        return start.at(None if request.x_T is None else request.x_T[None])
+
+    def steering(self, row: Row) -> Steering:
+        options, prompt = row.job.route.guidance, row.job.caption
+        targets = {
+            name: (scale, self._guides[name].target([prompt], options))
+            for name, scale in options.gradient_scales.items()
+        }
+        return Steering(super().steering(row).known, targets)
+
+
+class UpsamplerPool(DiffusionPool):
+    """An upsampler: it takes the 8 bits that the stage before handed out."""
+
+    def __init__(self, stage: UpsamplerStage, batch: Batch) -> None:
+        super().__init__(stage, batch)
+        self._stage = stage
+
+    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+        assert row.job.low_res is not None
+        return self._stage.begin(to_signed(row.job.low_res), generator)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A caption for an autoregressive prior: (1, D) z_t, (1, L) tokens, and the stream of its draws."""
+
+    row: Row
+    text_embed: torch.Tensor
+    tokens: torch.Tensor
+    generator: SampleGenerator
+
+
+class ARPriorPool(Pool[Asked]):
+    """The autoregressive prior: its codes come one after the other, so that captions can share a whole call alone.
+
+    A step is that call, for the captions that are sampled as the one that has waited longest is.
+    """
+
+    def __init__(self, stage: ARPriorStage) -> None:
+        self._stage = stage
+        self._asked: list[Asked] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        return [asked.row for asked in self._asked]
+
+    def enter(self, row: Row, caption: Caption) -> Asked:
+        assert caption.text_embed is not None
+        return Asked(row, caption.text_embed, caption.tokens[self._stage.config.model.context_length], row.stream)
+
+    def admit(self, entries: Sequence[Asked]) -> None:
+        self._asked.extend(entries)
+
+    def drop(self, rows: Collection[Row]) -> None:
+        self._asked = [asked for asked in self._asked if asked.row not in rows]
+
+    def step(self) -> list[tuple[Row, torch.Tensor]]:
+        sampling = self._asked[0].row.sampling
+        assert isinstance(sampling, ARSamplingConfig)
+        together = [asked for asked in self._asked if asked.row.sampling == sampling]
+        embeds = self._stage.sample(
+            torch.cat([asked.text_embed for asked in together]),
+            torch.cat([asked.tokens for asked in together]),
+            SampleGenerator(torch.cat([asked.generator.keys for asked in together])),
+            sampling=sampling,
+        )
+        self.drop([asked.row for asked in together])
+        return [(asked.row, embeds[index : index + 1]) for index, asked in enumerate(together)]
+
+
+def build_pool(stage: AnyStage, stages: Stages, *, compile_for: int | None = None) -> Pool[Any]:
+    """The pool of a stage, empty; compiled for few numbers of rows up to `compile_for` of a batch, or as it is."""
+    if isinstance(stage, ARPriorStage):
+        return ARPriorPool(stage)
+    network: Denoise[Any] = stage.network
+    padded: Callable[[int], int] = as_it_is
+    if compile_for is not None:  # each row may come a second time, unconditional
+        network, padded = compiled(stage.network), padding_to(padded_sizes(2 * compile_for))
+    guides = stages.guides if isinstance(stage, DecoderStage) else {}
+    batch = Batch(stage, network, stages.device, padded=padded, guides=guides)
+    if isinstance(stage, DecoderStage):
+        return DecoderPool(stage, batch, guides)
+    return PriorPool(stage, batch) if isinstance(stage, PriorStage) else UpsamplerPool(stage, batch)
