@@ -72,7 +72,7 @@ def networks() -> dict[str, TrainConfig]:
 
 
 def cells() -> list[Cell]:
-    """All that is measured by default: every stage in every float type, alone and in pairs, and each offload to host memory."""
+    """All that is measured by default: every stage in every float type, alone and in pairs, and offload to host memory."""
     grid = [
         Cell("prior", stage, precision, workers)
         for workers in (1, 2)
@@ -84,7 +84,8 @@ def cells() -> list[Cell]:
         Cell("decoder", stage, precision, microbatch=48) for precision in ("fp32", "autocast") for stage in range(4)
     ]
     grid += [Cell("prior", stage, "autocast", microbatch=4, accumulation=2) for stage in (0, 1, 2, 3)]
-    return grid + [Cell("prior", stage, "fp32", offload="cpu") for stage in (1, 2, 3)]
+    grid += [Cell("prior", stage, "fp32", workers, offload="cpu") for workers in (1, 2) for stage in (1, 2, 3)]
+    return grid + [Cell("prior", 2, precision, accumulation=2, offload="cpu") for precision in ("fp32", "bf16")]
 
 
 def predicted(cell: Cell) -> int:

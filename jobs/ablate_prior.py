@@ -5,26 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from unclip.config.base import ConfigError
-from unclip.config.cli import parse_job
-from unclip.data.manifest import DataError
-from unclip.generation.manipulate import ManipulationJob
+from unclip.generation.jobs import run_job
 from unclip.generation.manipulations import AblatePriorConfig
-from unclip.pipelines.bundle import BundleError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_job(__doc__ or "", {"default": AblatePriorConfig}, argv)
-    try:
-        job = ManipulationJob.prepare(arguments.config)
-        if arguments.dry_run:
-            print(f"pictures of up to {max(job.cascade.sizes.values())} px would be in {arguments.config.out}")
-            return 0
-        print(job.run())
-    except (ConfigError, DataError, BundleError, OSError) as error:
-        print(f"ablate_prior: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_job("ablate_prior", __doc__, AblatePriorConfig, argv)
 
 
 if __name__ == "__main__":

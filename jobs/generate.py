@@ -1,30 +1,40 @@
-"""Makes pictures for a prompt, or for every line of a file, with a trained bundle; ends with a captioned grid."""
+"""Makes pictures for a prompt, or for every row of a list of any length, with a trained bundle; run it again to continue."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from unclip.config.base import ConfigError
+from unclip.cluster.generate import run_generate
+from unclip.cluster.jobs import exit_status
 from unclip.config.cli import parse_job
-from unclip.generation.requests import GenerateConfig
-from unclip.generation.run import GenerationJob
-from unclip.pipelines.bundle import BundleError
+from unclip.generation.bulk.config import GenerateConfig
 
 
-def main() -> int:
-    arguments = parse_job(__doc__ or "", recipes={"default": GenerateConfig})
-    try:
-        job = GenerationJob.prepare(arguments.config)
-        if arguments.dry_run:
-            sizes = job.cascade.sizes.values()
-            print(f"{len(job.requests)} pictures of up to {max(sizes)} px would be in {job.config.out}")
-            return 0
-        print(job.run())
-    except (ConfigError, BundleError, OSError) as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_job(__doc__ or "", {"default": GenerateConfig}, argv)
+    config: GenerateConfig = arguments.config
+    return exit_status("generate", lambda: _generate(config, dry_run=arguments.dry_run), goes_on="with what is missing")
+
+
+def _generate(config: GenerateConfig, *, dry_run: bool) -> None:
+    facts = run_generate(config, dry_run=dry_run)
+    if dry_run:
+        print(
+            "{prompts} prompts in {units} units would be made by {actors} actors".format(**facts) + f" in {config.out}"
+        )
+        return
+    counts, submission = facts["counts"], facts.get("submission", {})
+    print("{pictures} pictures of {done} prompts; {quarantined} prompts are quarantined".format(**counts))
+    for reason, rows in counts["reasons"].items():
+        print(f"  {reason}: {rows}")
+    if submission:
+        figures = (
+            "{candidates} images in {seconds} s, {images_per_s} images/s, {gpu_hours} GPU-hours, {cpu_hours} CPU-hours"
+        )
+        print(figures.format(**submission))
+    print(f"{config.out}/grid.png")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

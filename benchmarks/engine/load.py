@@ -1,8 +1,10 @@
-"""Requests of mixed steps that arrive by chance, served four ways: images a second, and how long each waits.
+"""Requests of mixed steps that arrive by chance, served in several ways: images a second, and how long each waits.
 
 `python -m benchmarks.engine.load BUNDLE` prints ratios and writes JSON to benchmarks/results. All sides have the same
-requests, arriving at the same times: a Poisson process at shares of the rate that the engine reaches when all are there at
-once. Weights, seeds and steps are the same but for diffusers' modules, see `diffusers_loop`.
+requests. Arrivals are Poisson processes: with `--loads` at shares of the rate that the engine reaches when all are there at
+once, the same times for all sides; with `--curve` at shares of the rate that each side reaches itself, from which follows
+what each of them serves at equal p95 (`curves`). Weights, seeds and steps are the same but for diffusers' modules, see
+`diffusers_loop`.
 """
 
 from __future__ import annotations
@@ -10,22 +12,23 @@ from __future__ import annotations
 import argparse
 import datetime
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from benchmarks.common import machine, write_json
-from benchmarks.engine.sides import Served, Side, build, serve
+from benchmarks.engine.curves import Point, at_equal_p95
+from benchmarks.engine.sides import Served, Side, SideName, build, serve
 
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.request import Request
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.pipeline import Pipeline
 
-SIDES = ("engine", "static", "single", "diffusers")
+SIDES: tuple[SideName, ...] = get_args(SideName)
 LOADS = (0.5, 0.9, 1.2)
 WORDS = ("cat", "dog", "house", "tree", "red heart", "bus", "apple", "star", "moon", "fish")
 
@@ -73,19 +76,41 @@ def poisson(count: int, rate: float, rng: random.Random) -> list[float]:
     return times
 
 
-def measure(sides: dict[str, Side], requests: Sequence[Request], loads: Sequence[float], seed: int) -> dict[str, Any]:
-    """All sides with all requests at once, then under each load."""
+def measure(
+    sides: Mapping[SideName, Side],
+    requests: Sequence[Request],
+    seed: int,
+    *,
+    loads: Sequence[float] = (),
+    curve: Sequence[float] = (),
+) -> dict[str, Any]:
+    """All sides with all requests at once, then at each load, then each at the shares `curve` of its own rate."""
     at_once = [0.0] * len(requests)
-    saturated = {name: Row.of(name, float("inf"), serve(side, requests, at_once)) for name, side in sides.items()}
-    capacity = saturated["engine"].images_per_second
-    rows = []
-    for load in loads:
-        arrivals = poisson(len(requests), load * capacity, random.Random(seed))
-        for name, side in sides.items():
-            rows.append(Row.of(name, load, serve(side, requests, arrivals)))
-            print(_line(rows[-1]), flush=True)
-    rates = {name: row.images_per_second for name, row in saturated.items()}
-    return {"capacity": capacity, "saturated": rates, "rows": [vars(row) for row in rows]}
+    rates = {
+        name: Row.of(name, float("inf"), serve(side, requests, at_once)).images_per_second
+        for name, side in sides.items()
+    }
+    print("all at once, images/s: " + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()), flush=True)
+
+    def served(name: SideName, rate: float, load: float) -> Row:
+        row = Row.of(name, load, serve(sides[name], requests, poisson(len(requests), rate, random.Random(seed))))
+        print(_line(row), flush=True)
+        return row
+
+    rows = [served(name, load * rates["engine"], load) for load in loads for name in sides]
+    around = {name: [served(name, share * rates[name], share) for share in curve] for name in sides}
+    points: dict[str, list[Point]] = {
+        name: [Point(row.images_per_second, row.p95) for row in found] for name, found in around.items()
+    }
+    levels = at_equal_p95(points, "engine") if curve else []
+    for level in levels:
+        print(level.line, flush=True)
+    return {
+        "saturated": rates,
+        "rows": [asdict(row) for row in rows],
+        "curves": {name: [asdict(row) for row in found] for name, found in around.items()},
+        "at_equal_p95": [asdict(level) for level in levels],
+    }
 
 
 def _line(row: Row) -> str:
@@ -108,9 +133,7 @@ def main() -> None:
     }
     for side in sides.values():
         serve(side, requests[:2], [0.0, 0.0])
-    found = measure(sides, requests, arguments.loads, arguments.seed)
-    for name, rate in found["saturated"].items():
-        print(f"all at once  {name:10}  {rate:6.2f} images/s  engine / {name} = {found['capacity'] / rate:.2f}")
+    found = measure(sides, requests, arguments.seed, loads=arguments.loads, curve=arguments.curve)
     today = datetime.datetime.now(tz=datetime.UTC).date()
     settings = {key: value for key, value in vars(arguments).items() if key not in ("bundle", "out", "name")}
     out = Path(arguments.out) / f"{arguments.name}-{today}.json"
@@ -123,7 +146,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--up-to", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--loads", nargs="+", type=float, default=LOADS, help="shares of the engine's own rate")
+    parser.add_argument("--loads", nargs="*", type=float, default=LOADS, help="shares of the engine's own rate")
+    parser.add_argument("--curve", nargs="*", type=float, default=(), help="shares of each side's own rate, rising")
     parser.add_argument("--batch", type=int, default=8, help="requests of a static batch")
     parser.add_argument("--window", type=float, default=0.2, help="seconds that a static batch waits to fill up")
     parser.add_argument("--decoder-rows", type=int, default=16)

@@ -60,3 +60,25 @@ def test_clip_actors_count() -> None:
     preflight.check_resources(resources, clip_in_stream=False)
     with pytest.raises(PreflightError, match="CLIP actors"):
         preflight.check_resources(resources, clip_in_stream=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "maker", "nodes", "count"),
+    [
+        (None, Node(1, 0), [Node(8, 0), Node(8, 0)], 1),  # on CPUs one has all the cores of a node
+        (None, Node(1, 1), [Node(8, 4), Node(8, 0), Node(2, 4)], 6),  # no CPU is left for two of the GPUs
+        (None, Node(0.5, 0.25), [Node(8, 1)], 4),
+        (3, Node(1, 0.5), [Node(8, 1), Node(8, 1)], 3),
+    ],
+)
+def test_makers_are_as_many_as_gpus_hold(asked: int | None, maker: Node, nodes: list[Node], count: int) -> None:
+    assert preflight.fit_makers(asked, maker, nodes) == count
+
+
+def test_makers_that_do_not_fit_are_refused_with_a_number_that_does() -> None:
+    with pytest.raises(PreflightError, match=r"3 of 4 actors find a place.*\n.*= 8 CPUs, 4 GPUs") as refused:
+        preflight.fit_makers(4, Node(2, 1), [Node(64, 2), Node(4, 1)])
+    assert "68 CPUs, 3 GPUs on 2 nodes, the largest with 64 CPUs, 2 GPUs" in str(refused.value)
+    assert "--set actors=3" in str(refused.value)
+    with pytest.raises(PreflightError, match="0 of 1 actors find a place"):
+        preflight.fit_makers(None, Node(1, 1), [Node(4, 0)])

@@ -50,12 +50,17 @@ def made(engine: Engine, request: Request) -> Result:
 
 
 def assert_same_pictures(mine: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray]) -> None:
-    """Float rounding may take a pixel over the border between two of the 256 values, and no further."""
+    """Float rounding may take a pixel over the border between two of the 256 values, and no further.
+
+    Where it did, the stages behind were told another picture, of which they may make more than a level.
+    """
     assert mine.keys() == theirs.keys()
-    for size, picture in mine.items():
-        difference = np.abs(picture.astype(int) - theirs[size].astype(int))
-        assert difference.max() <= 1, f"{size} pixels"
+    told_the_same = True
+    for size in sorted(mine):
+        difference = np.abs(mine[size].astype(int) - theirs[size].astype(int))
+        assert difference.max() <= 1 or not told_the_same, f"{size} pixels"
         assert (difference > 0).mean() < 0.01, f"{size} pixels"
+        told_the_same = told_the_same and not difference.any()
 
 
 def ended(tickets: list[Ticket]) -> list[type | None]:

@@ -8,9 +8,12 @@ import time
 import pytest
 import torch
 from benchmarks.common import parameter_count
+from benchmarks.engine.curves import Point, at_equal_p95, rate_at
 from benchmarks.engine.diffusers_loop import DiffusersLoop
 from benchmarks.engine.load import SIDES, Row, measure, poisson
-from benchmarks.engine.sides import Served, build, serve
+from benchmarks.engine.sides import Served, SideName, build, serve
+from benchmarks.engine.together import together
+from tests.support.engines import assert_same_pictures
 
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.request import Request
@@ -32,27 +35,64 @@ def requests(count: int) -> list[Request]:
 
 def test_every_side_serves_all(pipeline: Pipeline) -> None:
     sides = {name: build(name, pipeline, CONFIG, size=2, window=0.01) for name in SIDES}
-    found = measure(sides, requests(3), [50.0], seed=0)
-    assert found["saturated"].keys() == set(SIDES)
+    found = measure(sides, requests(3), 0, loads=[50.0], curve=[1.0])
+    assert found["saturated"].keys() == set(SIDES) == found["curves"].keys()
     assert [(row["side"], row["load"]) for row in found["rows"]] == [(name, 50.0) for name in SIDES]
     assert all(0 < row["p50"] <= row["p95"] <= row["p99"] for row in found["rows"])
 
 
-def test_a_static_batch_begins_when_it_is_full_or_its_first_has_waited(pipeline: Pipeline) -> None:
-    side = build("static", pipeline, CONFIG, size=2, window=60.0)
+@pytest.mark.parametrize("name", ["closed", "static", "grouped"])
+def test_a_batch_begins_when_it_is_full_or_its_first_has_waited(pipeline: Pipeline, name: SideName) -> None:
+    side = build(name, pipeline, CONFIG, size=2, window=60.0)
     first, second, third = requests(3)
-    side.take(0, first)
-    rest = side.resting_until
-    assert rest is not None
-    assert rest > time.perf_counter() + 30
-    side.take(1, second)
+    arrived = time.perf_counter() - 20
+    side.take(0, first, arrived)
+    assert side.resting_until == arrived + 60
+    side.take(1, second, arrived + 10)
     assert side.resting_until is None
-    assert side.work() == []
-    side.take(2, third)
-    while not (done := side.work()):
-        pass
+    done = side.work() if name == "closed" else []
+    side.take(2, third, arrived + 30)
+    while not done:
+        done = side.work()
     assert done == [0, 1]
-    assert side.resting_until is not None
+    assert side.resting_until == arrived + 90
+
+
+def test_a_static_batch_has_the_pictures_of_its_requests(pipeline: Pipeline) -> None:
+    """Steps, samplers and scales differ within it."""
+    changes = [
+        {"decoder": {"num_inference_steps": 2}, "prior": {"num_inference_steps": 3}},
+        {"decoder": {"sampler": "ddim", "num_inference_steps": 5, "guidance_scale": 2.0}},
+        {"decoder": {"guidance_scale": 1.0}, "upsampler_256": {"num_inference_steps": 4}},
+    ]
+    options = [GenerationOptions().merged({"up_to": 32, **change}) for change in changes]
+    asked = [Request(prompt=f"{seed} dogs", seed=seed, options=each) for seed, each in enumerate(options)]
+    made = together(pipeline, asked)
+    for row, request in enumerate(asked):
+        alone = pipeline([request.prompt or ""], [request.seed], options=request.options).images
+        assert_same_pictures(
+            {size: pictures[row].numpy() for size, pictures in made.items()}, {s: p[0] for s, p in alone.items()}
+        )
+
+
+def test_rates_at_equal_p95_lie_between_the_points_of_each_curve() -> None:
+    """One side's p95 is 1 + rate, the other's 1 + 2 rate: it serves half as much at every p95 that both have points around."""
+    curves = {
+        "fast": [Point(rate, 1 + rate) for rate in (0.5, 1.0, 3.0, 4.0)],
+        "slow": [Point(rate, 1 + 2 * rate) for rate in (1.0, 1.4, 3.0)],
+    }
+    levels = at_equal_p95(curves, "fast")
+    assert [level.p95 for level in levels] == pytest.approx([3.0, 3.5, 4.0, 4.5, 5.0])
+    for level in levels:
+        assert (level.first_rate, level.other_rate, level.ratio) == pytest.approx(
+            (level.p95 - 1, (level.p95 - 1) / 2, 2)
+        )
+
+
+def test_points_that_chance_put_behind_others_do_not_count() -> None:
+    points = [Point(1.0, 1.0), Point(2.0, 3.0), Point(2.5, 2.0), Point(2.4, 4.0), Point(3.5, 4.0)]
+    assert rate_at(points, 1.5) == pytest.approx(1.75)
+    assert rate_at(points, 3.0) == pytest.approx(3.0)
 
 
 def test_arrivals_are_a_poisson_process() -> None:

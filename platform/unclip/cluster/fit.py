@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +21,6 @@ from unclip.cluster.room import wait_for_room
 from unclip.cluster.signals import ClusterSignals
 from unclip.cluster.train import run_workers
 from unclip.cluster.validate import Validator
-from unclip.config.base import ConfigError
 from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
 from unclip.training.loop import Trainer
@@ -30,7 +28,6 @@ from unclip.training.publish import publish
 from unclip.training.reporting.reporter import Reporter
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, check_outputs, prepare_run
-from unclip.utils import storage
 from unclip.utils.memory import keep_freed_memory
 
 COLLECTIVE_MARGIN_S = 60.0
@@ -60,16 +57,17 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     if summary is None:
         if not session.joins_cluster():  # this machine will not grow; a cluster may
             preflight.check_resources(config.resources, **_least(prepared), nodes=preflight.local_nodes())
-        with Lease(run) as lease, session.session():
+        with Lease(run.driver_uri, f"run = {run.uri!r}") as lease, session.session():
             run.open(config)
             return _train(prepared, run, lease)
     if config.bundle is not None:
-        publish(config)
+        publish(prepared)
     return summary
 
 
 def _prepare(config: TrainConfig) -> PreparedRun:
-    _refuse_lost_paths(config)
+    places = {"run": config.run, "bundle": config.bundle, "validation.data": config.validation.data}
+    session.refuse_lost_paths(places | config.data.paths)
     prepared = prepare_run(config)
     check_outputs(prepared.config)
     return prepared
@@ -106,7 +104,7 @@ def _attempt(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_gpu
         summary["data"] = prepared.data_report(summary["samples_seen"])
         RunFolder(prepared.config.run).finish({name: value for name, value in summary.items() if name != "stopped"})
         if prepared.config.bundle is not None:
-            publish(prepared.config)
+            publish(prepared)
     return summary
 
 
@@ -198,13 +196,3 @@ def _clip_pool(prepared: PreparedRun) -> stream.ClipPool | None:
         gpus=config.resources.clip_gpus,
         text_states="text_states" in config.objective.embedding_columns,
     )
-
-
-def _refuse_lost_paths(config: TrainConfig) -> None:
-    """A submitted job runs in a temporary folder of the head node: what it wrote there would be gone with it."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return
-    places = {"run": config.run, "bundle": config.bundle, "validation.data": config.validation.data}
-    for field, uri in (places | config.data.paths).items():
-        if uri and storage.is_local(uri) and not os.path.isabs(uri.removeprefix("file://")):
-            raise ConfigError(f"{field} = {uri!r}: a submitted job needs an absolute path or an s3:// address")

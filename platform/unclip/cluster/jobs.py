@@ -1,4 +1,4 @@
-"""What a training job's script does with its command line."""
+"""What jobs' scripts do with their command lines, and how they end."""
 
 from __future__ import annotations
 
@@ -32,23 +32,38 @@ def train_job(
     """Trains one stage as the command line says; the exit status, 0 only when the trained stage is there."""
     arguments = parse_job(description or "", recipes, argv)
     config = arguments.config
+    work = _check if arguments.dry_run else _fit
+    return exit_status(config.stage, lambda: work(config), goes_on="from the newest checkpoint")
+
+
+def exit_status(name: str, work: Callable[[], object], *, goes_on: str) -> int:
+    """Does the work and says in one line on stderr why it did not come to its end; 0 where it did.
+
+    Args:
+        name: of the job.
+        goes_on: where the same command goes on after an interruption.
+    """
     try:
-        if arguments.dry_run:
-            prepared = check(config)
-            print(prepared.config.to_json())
-            for manifest, source in zip(prepared.manifests, prepared.order.sources, strict=True):
-                print(f"{manifest.uri}: {source.rows} records, {source.samples_per_epoch} trained in each epoch")
-            return 0
-        summary = fit(config)
+        work()
     except REFUSALS as error:
-        print(f"{config.stage}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return REFUSED
     except RunFailed as error:
-        print(f"{config.stage}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print(f"{config.stage}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on {goes_on}", file=sys.stderr)
         return INTERRUPTED
-    print(json.dumps(summary, indent=2))
-    print(f"run: {config.run}" + (f", bundle: {config.bundle}" if config.bundle else ""))
     return 0
+
+
+def _check(config: TrainConfig) -> None:
+    prepared = check(config)
+    print(prepared.config.to_json())
+    for manifest, source in zip(prepared.manifests, prepared.order.sources, strict=True):
+        print(f"{manifest.uri}: {source.rows} records, {source.samples_per_epoch} trained in each epoch")
+
+
+def _fit(config: TrainConfig) -> None:
+    print(json.dumps(fit(config), indent=2))
+    print(f"run: {config.run}" + (f", bundle: {config.bundle}" if config.bundle else ""))

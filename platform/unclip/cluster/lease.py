@@ -1,9 +1,9 @@
-"""One driver a run: two that wrote into the same folder would take each other's checkpoints away.
+"""One driver a folder: two that wrote into the same one would take each other's files away.
 
-`RUN/driver.json` names the driver and is written anew every few seconds. A driver that finds another's takes over at once
-where that one ran on this machine and is gone; else it looks whether the file still changes, and refuses if it does. So
-clocks of different machines need not agree. Where two start in the same instant, the one that wrote first notices the other
-and ends. The workers of a driver that is killed are ended by Ray.
+A file names the driver and is written anew every few seconds. A driver that finds another's takes over at once where that
+one ran on this machine and is gone; else it looks whether the file still changes, and refuses if it does. So clocks of
+different machines need not agree. Where two start in the same instant, the one that wrote first notices the other and ends.
+The workers of a driver that is killed are ended by Ray.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import psutil
 
 from unclip.cluster.failures import RunFailed
 from unclip.config.base import ConfigError
-from unclip.training.run_folder import RunFolder
 from unclip.utils import storage
 
 _log = logging.getLogger(__name__)
@@ -32,14 +31,18 @@ SILENT_BEATS = 2.5
 
 
 class Lease:
-    """Held while the block runs; `check` raises `RunFailed` once another driver has taken the run over.
+    """Held while the block runs; `check` raises `RunFailed` once another driver has taken over.
 
-    Raises `ConfigError` at its start where another driver trains this run.
+    Raises `ConfigError` at its start where another driver is at work.
+
+    Args:
+        uri: address of the file.
+        what: the driver works at, as errors name it: the setting and its value.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self._uri = run.driver_uri
-        self._run_uri = run.uri
+    def __init__(self, uri: str, what: str) -> None:
+        self._uri = uri
+        self._what = what
         process = psutil.Process()
         self._driver: dict[str, Any] = {
             "driver": uuid.uuid4().hex,
@@ -72,9 +75,9 @@ class Lease:
                 _log.warning(f"{self._uri} is left behind: {failed}")
 
     def check(self) -> None:
-        """Raises `RunFailed` where the run is another driver's by now."""
+        """Raises `RunFailed` where the work is another driver's by now."""
         if self._taken_by is not None:
-            raise RunFailed(f"run = {self._run_uri!r} was taken over by {self._taken_by}: this driver ends")
+            raise RunFailed(f"{self._what} was taken over by {self._taken_by}: this driver ends")
 
     def _wait_for_end_of(self, holder: dict[str, Any]) -> None:
         if holder["host"] == socket.gethostname():
@@ -82,7 +85,7 @@ class Lease:
                 self._refuse(holder)
             return
         limit = SILENT_BEATS * BEAT_S
-        _log.warning(f"{self._run_uri}: {_name(holder)} began it; waiting {limit:.0f} s for a sign of it")
+        _log.warning(f"{self._what}: {_name(holder)} began it; waiting {limit:.0f} s for a sign of it")
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_S / 4))
@@ -93,7 +96,7 @@ class Lease:
                 self._refuse(now)
 
     def _refuse(self, holder: dict[str, Any]) -> NoReturn:
-        raise ConfigError(f"run = {self._run_uri!r} is being trained by {_name(holder)}: one run, one driver")
+        raise ConfigError(f"{self._what} is being worked at by {_name(holder)}: one driver at a time")
 
     def _keep(self) -> None:
         while not self._ended.wait(BEAT_S):

@@ -112,6 +112,30 @@ def check_without_claiming(resources: ResourcesConfig, **details: Any) -> None:
         check_resources(resources, **details)
 
 
+def places(bundle: Node, nodes: Sequence[Node]) -> int:
+    """How many of `bundle` the nodes hold, each on one of them."""
+    return sum(_slots(node, bundle) for node in nodes)
+
+
+def fit_makers(asked: int | None, maker: Node, nodes: Sequence[Node]) -> int:
+    """How many processes of a bulk job to start: those asked for, or one for each share of a GPU, or one where they take none.
+
+    Raises `PreflightError` where the nodes do not hold so many, or not one.
+    """
+    room = places(maker, nodes)
+    wanted = asked or (max(room, 1) if maker.gpus else 1)
+    if wanted <= room:
+        return wanted
+    advice = f"--set actors={room}" if room else "--set gpus_per_actor or cpus_per_actor to less"
+    total, largest = _total_and_largest(nodes)
+    raise PreflightError(
+        f"the job does not fit the cluster: {room} of {wanted} actors find a place on a node.\n"
+        f"  needed: {wanted} actors x {_words(maker)} = {wanted * maker.cpus:g} CPUs, {wanted * maker.gpus:g} GPUs\n"
+        f"  there:  {_words(total)} on {len(nodes)} nodes, the largest with {_words(largest)}\n"
+        f"  this would fit: {advice}; or add nodes"
+    )
+
+
 def what_is_missing(demand: Demand, nodes: Sequence[Node], *, placement: str = "PACK") -> str | None:
     """Why the demand does not fit the nodes, in words; None where it does."""
     if placement == "STRICT_PACK":
@@ -145,8 +169,7 @@ def explain(missing: str, demand: Demand, nodes: Sequence[Node]) -> str:
         parts.append(f"{demand.clip_actors} CLIP actors x {_words(demand.clip_actor)}")
     if demand.validation != NOTHING:
         parts.append(f"{_words(demand.validation)} for validation")
-    total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
-    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0, 0.0))
+    total, largest = _total_and_largest(nodes)
     return (
         f"the run does not fit the cluster: {missing}.\n"
         f"  needed: {' + '.join(parts)} = {demand.cpus:g} CPUs, {demand.gpus:g} GPUs\n"
@@ -166,6 +189,11 @@ def _advice(demand: Demand, nodes: Sequence[Node]) -> str:
             settings += ["resources.clip_actors=1"] if demand.clip_actors else []
             return f"this would fit: {' '.join(f'--set {setting}' for setting in settings)}; or add nodes"
     return "not even one worker fits: lower resources.cpus_per_worker or resources.gpus_per_worker, or add larger nodes"
+
+
+def _total_and_largest(nodes: Sequence[Node]) -> tuple[Node, Node]:
+    total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+    return total, max(nodes, key=lambda node: (node.gpus, node.cpus), default=NOTHING)
 
 
 def _words(amount: Node) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
 import unclip
+from unclip.config.base import ConfigError
+from unclip.utils import storage
 
 MAX_OBJECT_STORE_BYTES = 2 * 2**30
 """Shared memory that a local instance claims at most; a stream keeps far less than this ahead of the workers."""
@@ -66,6 +68,19 @@ def connect() -> None:
         )
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def refuse_lost_paths(places: Mapping[str, str | None]) -> None:
+    """Raises `ConfigError` for a relative path in a submitted job, which runs in a temporary folder of the head node.
+
+    Args:
+        places: addresses by the fields that hold them; what was written there would be gone with that folder.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    for field, uri in places.items():
+        if uri and storage.is_local(uri) and not os.path.isabs(uri.removeprefix("file://")):
+            raise ConfigError(f"{field} = {uri!r}: a submitted job needs an absolute path or an s3:// address")
 
 
 def local_cpus() -> int:

@@ -24,7 +24,7 @@ FACTS_FILE = "manifest.json"
 _FOOTER_THREADS = 32
 _READ_THREADS = 16
 """Files that are read at once: of an object store, one request alone brings a tenth of what a node can take."""
-_WORK_FOLDERS = ("_ingest", "_parts")
+_WORK_FOLDERS = ("_ingest", "_parts", "_units")
 """Where jobs keep what is not ready yet."""
 
 Slice = tuple[int, int, int]

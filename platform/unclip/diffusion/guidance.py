@@ -120,14 +120,24 @@ def classifier_free(
         # In the sample's float type: extrapolating in the network's bfloat16 would multiply its rounding by the scale.
         model_output = denoise(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond.doubled).to(x_t.dtype)
         uncond, conditional = model_output.chunk(2)
-        # lerp is exact at both ends, so samples with scales 0 and 1 keep their meaning beside any others.
-        if not learned_variance:
-            return torch.lerp(uncond, conditional, scale)
-        uncond, _ = uncond.chunk(2, dim=1)
-        conditional, variance_values = conditional.chunk(2, dim=1)
-        return torch.cat([torch.lerp(uncond, conditional, scale), variance_values], dim=1)
+        return combine(uncond, conditional, scale, learned_variance=learned_variance)
 
     return guided
+
+
+def combine(
+    uncond: torch.Tensor, conditional: torch.Tensor, scale: torch.Tensor, *, learned_variance: bool
+) -> torch.Tensor:
+    """uncond + scale * (conditional - uncond), of outputs (B, ...) and scales that broadcast over them.
+
+    With `learned_variance` the second half of dim 1 is that of `conditional`.
+    """
+    # lerp is exact at both ends, so samples with scales 0 and 1 keep their meaning beside any others.
+    if not learned_variance:
+        return torch.lerp(uncond, conditional, scale)
+    uncond, _ = uncond.chunk(2, dim=1)
+    conditional, variance_values = conditional.chunk(2, dim=1)
+    return torch.cat([torch.lerp(uncond, conditional, scale), variance_values], dim=1)
 
 
 def gradient_guided(

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from unclip.config.base import Config, ConfigError
 from unclip.data.decode import Picture
-from unclip.generation.components import load_components
-from unclip.generation.pictures import read_keep, read_picture, read_square
-from unclip.generation.sheets import Cell, Sheet, cells_of, given
+from unclip.data.transforms import resize_square
+from unclip.generation.components import Components, check_counts, load_components
+from unclip.generation.pictures import Originals, read_keep, read_originals, read_picture
+from unclip.generation.sheets import Cell, Sheet, cells_of, from_outside
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.draw import StageProgress
+from unclip.pipelines.inversion import deterministic, invert
 from unclip.pipelines.manipulations.inpainting import FEATHER, Place, inpainting, on_canvas
 from unclip.pipelines.manipulations.interpolation import NoiseName, interpolation
 from unclip.pipelines.manipulations.prior_ablation import prior_ablation
 from unclip.pipelines.manipulations.probing import probing
 from unclip.pipelines.manipulations.text_diff import DUMMY_CAPTION, MAX_THETA, text_diff, thetas
-from unclip.pipelines.manipulations.variations import variations
+from unclip.pipelines.manipulations.variations import redrawn
 from unclip.pipelines.pipeline import Pipeline
+from unclip.pipelines.stages import DecoderStageConfig
+from unclip.utils.hashing import sha256_file
 
 
 class ManipulationConfig(Config):
@@ -45,39 +48,55 @@ class ManipulationConfig(Config):
 
     with_prior: ClassVar[bool] = False
     """Whether it makes image embeddings of captions."""
+    tells_image_embed: ClassVar[bool] = True
+    """Whether the decoder has to be told one."""
 
     @property
-    def captions(self) -> dict[str, Sequence[str]]:
-        """What prior and decoder read, by the field that it comes from."""
+    def drawn_with(self) -> GenerationOptions:
+        """`options` with what it changes of them itself; `ConfigError` where they contradict that."""
+        return self.options
+
+    @property
+    def captions(self) -> Mapping[str, Sequence[str]]:
+        """What the networks read, by the field that it comes from."""
         return {}
 
     def check(self, bundle: Bundle) -> None:
         """Raises `ConfigError` where the bundle lacks what this needs beside its stages."""
+        if self.tells_image_embed:
+            check_told_image_embed(bundle)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the further files that decide what the pictures are, by field."""
+        return {}
 
     @abstractmethod
-    def read(self, size: int) -> npt.NDArray[np.uint8]:
-        """The pictures it begins with, uint8 (N, size, size, 3); `ConfigError` naming what is wrong with one."""
+    def read(self, size: int) -> Originals:
+        """What it begins with, of `size` pixels; `ConfigError` naming what is wrong with a picture."""
 
     @abstractmethod
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         """What becomes of them."""
 
 
-class _OfPictures(ManipulationConfig):
+class _OfLatents(ManipulationConfig):
     pictures: tuple[str, ...] = ()
     """Paths or s3:// addresses of pictures; their middle squares are taken. At least one is required."""
 
     least: ClassVar[int] = 1
 
-    def read(self, size: int) -> npt.NDArray[np.uint8]:
+    @property
+    def drawn_with(self) -> GenerationOptions:
+        return deterministic(self.options)
+
+    def read(self, size: int) -> Originals:
         if len(self.pictures) < self.least:
             raise ConfigError(f"pictures: {len(self.pictures)} given; at least {self.least} needed")
-        return np.stack([read_square("pictures", uri, size) for uri in self.pictures])
+        return read_originals("pictures", self.pictures, size)
 
 
-class VariationsConfig(_OfPictures):
+class VariationsConfig(_OfLatents):
     """Variations of pictures (unCLIP §3.1): a row for each."""
 
     count: int = Field(6, ge=1, le=64)
@@ -85,18 +104,22 @@ class VariationsConfig(_OfPictures):
     eta: float = Field(1.0, ge=0, le=1)
     """How much is drawn anew: 0 gives back the picture, 1 keeps of it what its image embedding holds."""
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    @property
+    def drawn_with(self) -> GenerationOptions:
+        return deterministic(self.options, eta=self.eta)
+
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         seeds = range(self.seed, self.seed + self.count)
-        back = variations(pipeline, pictures, [self.seed], eta=0.0, options=self.options, progress=progress)
-        output = variations(pipeline, pictures, seeds, eta=self.eta, options=self.options, progress=progress)
-        columns = ["picture", "eta 0", *(f"seed {seed}" for seed in seeds)]
+        options = self.options.merged({"decoder": {"eta": None}})  # which may say what the field eta says
+        latents = invert(pipeline, given.pictures, options=options)
+        back = redrawn(pipeline, latents, [self.seed], eta=0.0, options=options, progress=progress)
+        output = redrawn(pipeline, latents, seeds, eta=self.eta, options=options, progress=progress)
+        columns = ["picture", "eta 0", *(f"eta {self.eta:g}, seed {seed}" for seed in seeds)]
         rows = zip(cells_of(back), grouped(cells_of(output), self.count), strict=True)
-        return beside(pictures, columns, [[first, *more] for first, more in rows], f"eta {self.eta:g}")
+        return beside(given, columns, [[first, *more] for first, more in rows])
 
 
-class InterpolateConfig(_OfPictures):
+class InterpolateConfig(_OfLatents):
     """The way through two or more pictures (unCLIP §3.2): a row from each to the next."""
 
     frames: int = Field(7, ge=2, le=64)
@@ -106,14 +129,12 @@ class InterpolateConfig(_OfPictures):
 
     least: ClassVar[int] = 2
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         rows: list[tuple[str, list[Cell]]] = []
         for noise in self.noise:
             output = interpolation(
                 pipeline,
-                pictures,
+                given.pictures,
                 frames=self.frames,
                 noise=noise,
                 seed=self.seed,
@@ -121,16 +142,17 @@ class InterpolateConfig(_OfPictures):
                 progress=progress,
             )
             cells = cells_of(output)
-            for index in range(len(pictures) - 1):
+            for index in range(len(given.pictures) - 1):
                 first = index * (self.frames - 1)
                 way = cells[first : first + self.frames]
-                ends = [given(pictures[index]), *way, given(pictures[index + 1])]
-                rows.append((f"{index + 1} to {index + 2}, {noise} noise", ends))
-        shares = [f"{place / (self.frames - 1):.2f}" for place in range(self.frames)]
+                ends = [from_outside(picture) for picture in given.pictures[index : index + 2]]
+                caption = f"{given.names[index]} to {given.names[index + 1]}, {noise} noise"
+                rows.append((caption, [ends[0], *way, ends[1]]))
+        shares = [f"{place / (self.frames - 1):.2f} of the way" for place in range(self.frames)]
         return Sheet(["from", *shares, "to"], rows)
 
 
-class TextDiffConfig(_OfPictures):
+class TextDiffConfig(_OfLatents):
     """Pictures changed from one caption towards another (unCLIP §3.3): a row for each."""
 
     target: str = ""
@@ -142,18 +164,15 @@ class TextDiffConfig(_OfPictures):
     frames: int = Field(6, ge=2, le=64)
     """Pictures on the way."""
 
-    def read(self, size: int) -> npt.NDArray[np.uint8]:
-        if not self.target.strip():
-            raise ConfigError("target: required, but not given")
-        return super().read(size)
+    @property
+    def captions(self) -> Mapping[str, Sequence[str]]:
+        return {"target": [self.target]} | ({} if self.source is None else {"source": [self.source]})
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         path = thetas(self.frames, self.max_theta)
         output = text_diff(
             pipeline,
-            pictures,
+            given.pictures,
             self.target,
             source=self.source,
             path=path,
@@ -162,8 +181,8 @@ class TextDiffConfig(_OfPictures):
             progress=progress,
         )
         columns = ["picture", *(f"theta {theta:.2f}" for theta in path)]
-        caption = self.target if self.source is None else f"{self.source} -> {self.target}"
-        return beside(pictures, columns, grouped(cells_of(output), self.frames), caption)
+        caption = f"to {self.target}" if self.source is None else f"{self.source} -> {self.target}"
+        return beside(given, columns, grouped(cells_of(output), self.frames), caption)
 
 
 class EditConfig(ManipulationConfig):
@@ -187,6 +206,7 @@ class EditConfig(ManipulationConfig):
     """Pictures to choose from."""
 
     with_prior: ClassVar[bool] = True
+    tells_image_embed: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -195,10 +215,10 @@ class EditConfig(ManipulationConfig):
         return self
 
     @property
-    def captions(self) -> dict[str, Sequence[str]]:
+    def captions(self) -> Mapping[str, Sequence[str]]:
         return {"prompt": [self.prompt]}
 
-    def read(self, size: int) -> npt.NDArray[np.uint8]:
+    def read(self, size: int) -> Originals:
         """The picture, and its mask as a second one: 255 where it stays."""
         if not self.picture:
             raise ConfigError("picture: required, but not given")
@@ -207,13 +227,12 @@ class EditConfig(ManipulationConfig):
             canvas, keep = on_canvas(picture, size, share=self.canvas, place=self.place)
         else:
             keep = read_keep(self.repaint, self.keep, picture=picture, size=size)
-            canvas = read_square("picture", self.picture, size)
-        return np.stack([canvas, np.repeat(keep[..., None], 3, axis=2).astype(np.uint8) * 255])
+            canvas = resize_square(picture, size)
+        mask = np.repeat(keep[..., None], 3, axis=2).astype(np.uint8) * 255
+        return Originals(np.stack([canvas, mask]), ["picture", "keep"])
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
-        picture, keep = pictures[0], pictures[1, ..., 0] > 0
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
+        picture, keep = given.pictures[0], given.pictures[1, ..., 0] > 0
         seeds = range(self.seed, self.seed + self.count)
         output = inpainting(
             pipeline,
@@ -226,11 +245,12 @@ class EditConfig(ManipulationConfig):
             progress=progress,
         )
         masked: Picture = np.where(keep[..., None], picture, np.uint8(127))
-        columns = ["picture", "kept", *(f"seed {seed}" for seed in seeds)]
-        return Sheet(columns, [(self.prompt, [given(picture), given(masked), *cells_of(output)])])
+        shown = {"picture": picture, "kept": masked} if self.canvas is None else {"kept": masked}
+        columns = [*shown, *(f"seed {seed}" for seed in seeds)]
+        return Sheet(columns, [(self.prompt, [*map(from_outside, shown.values()), *cells_of(output)])])
 
 
-class ProbeConfig(_OfPictures):
+class ProbeConfig(_OfLatents):
     """Pictures drawn from growing numbers of their embeddings' principal components (unCLIP §4): a row for each."""
 
     components: str | None = None
@@ -239,16 +259,25 @@ class ProbeConfig(_OfPictures):
     """Numbers of components; none for the paper's shares of all, and all."""
 
     def check(self, bundle: Bundle) -> None:
-        load_components(bundle, self.components).counts(self.counts)
+        super().check(bundle)
+        check_counts(bundle, self.components, self.counts)
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {} if self.components is None else {"components": sha256_file(self.components)}
+
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         found = load_components(Bundle.load(self.bundle), self.components)
+        return self.sheet_of(found, pipeline, given, progress)
+
+    def sheet_of(
+        self, found: Components, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None
+    ) -> Sheet:
+        """`sheet` with components from anywhere."""
         counts = found.counts(self.counts)
         output = probing(
             pipeline,
-            pipeline.encode_image(pictures),
+            pipeline.encode_image(given.pictures),
             mean=found.mean,
             components=found.components,
             counts=counts,
@@ -256,8 +285,8 @@ class ProbeConfig(_OfPictures):
             options=self.options,
             progress=progress,
         )
-        columns = ["picture", *(f"{count}" for count in counts)]
-        return beside(pictures, columns, grouped(cells_of(output), len(counts)), found.origin)
+        columns = ["picture", *(f"{count} of {len(found.components)}" for count in counts)]
+        return beside(given, columns, grouped(cells_of(output), len(counts)), found.origin)
 
 
 class AblatePriorConfig(ManipulationConfig):
@@ -269,17 +298,15 @@ class AblatePriorConfig(ManipulationConfig):
     with_prior: ClassVar[bool] = True
 
     @property
-    def captions(self) -> dict[str, Sequence[str]]:
+    def captions(self) -> Mapping[str, Sequence[str]]:
         return {"prompts": self.prompts}
 
-    def read(self, size: int) -> npt.NDArray[np.uint8]:
+    def read(self, size: int) -> Originals:
         if not self.prompts:
             raise ConfigError("prompts: required, but not given")
-        return np.zeros((0, size, size, 3), dtype=np.uint8)
+        return Originals(np.zeros((0, size, size, 3), dtype=np.uint8), [])
 
-    def sheet(
-        self, pipeline: Pipeline, pictures: npt.NDArray[np.uint8], progress: StageProgress | None = None
-    ) -> Sheet:
+    def sheet(self, pipeline: Pipeline, given: Originals, progress: StageProgress | None = None) -> Sheet:
         seeds = [self.seed] * len(self.prompts)
         found = prior_ablation(pipeline, self.prompts, seeds, options=self.options, progress=progress)
         columns = [cells_of(output) for output in found.values()]
@@ -291,8 +318,16 @@ def grouped(cells: Sequence[Cell], size: int) -> list[list[Cell]]:
     return [list(cells[start : start + size]) for start in range(0, len(cells), size)]
 
 
-def beside(
-    pictures: npt.NDArray[np.uint8], columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str
-) -> Sheet:
-    """Rows behind the pictures that they are made of."""
-    return Sheet(columns, [(caption, [given(picture), *cells]) for picture, cells in zip(pictures, rows, strict=True)])
+def beside(given: Originals, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> Sheet:
+    """Rows behind the pictures that they are made of, with their names and what `caption` says of all."""
+    captions = [": ".join(filter(None, (name, caption))) for name in given.names]
+    firsts = [from_outside(picture) for picture in given.pictures]
+    made = [[first, *cells] for first, cells in zip(firsts, rows, strict=True)]
+    return Sheet(columns, list(zip(captions, made, strict=True)))
+
+
+def check_told_image_embed(bundle: Bundle) -> None:
+    """Raises `ConfigError` where the bundle's decoder is told no image embedding, so that it has no z_i to change."""
+    decoder = bundle.configs.get("decoder")
+    if isinstance(decoder, DecoderStageConfig) and decoder.model.embed_dim is None:
+        raise ConfigError(f"the decoder is told {', '.join(decoder.model.inputs)}: no image embedding")

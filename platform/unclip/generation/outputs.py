@@ -20,14 +20,19 @@ _PAGE, _INK, _SOFT, _LINE, _EMPTY = "#ffffff", "#1d1d24", "#7a7a86", "#e2e2e8", 
 _MARGIN, _GAP = 40, 16
 
 
-def write_png(image: Picture, uri: str, metadata: Mapping[str, str]) -> None:
-    """Writes uint8 RGB `image` (H, W, 3) as PNG, all of it or nothing, with `metadata` as its text chunks."""
+def encode_png(image: Picture, metadata: Mapping[str, str]) -> bytes:
+    """uint8 RGB `image` (H, W, 3) as PNG with `metadata` as its text chunks."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
     chunks = PngInfo()
     for key, text in metadata.items():
         chunks.add_itxt(key, text)
-    _write_image(Image.fromarray(image), uri, chunks)
+    return _encoded(Image.fromarray(image), chunks)
+
+
+def write_png(image: Picture, uri: str, metadata: Mapping[str, str]) -> None:
+    """Writes what `encode_png` makes, all of it or nothing."""
+    storage.write_bytes(uri, encode_png(image, metadata))
 
 
 def read_png(uri: str) -> Picture:
@@ -50,7 +55,7 @@ def read_png_metadata(uri: str) -> dict[str, str]:
 
 def write_grid(grid: Image.Image, uri: str) -> None:
     """Writes a grid as PNG, all of it or nothing."""
-    _write_image(grid, uri, PngInfo())
+    storage.write_bytes(uri, _encoded(grid, PngInfo()))
 
 
 def captioned_grid(
@@ -90,10 +95,10 @@ def captioned_grid(
     return page
 
 
-def _write_image(image: Image.Image, uri: str, chunks: PngInfo) -> None:
+def _encoded(image: Image.Image, chunks: PngInfo) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
-    storage.write_bytes(uri, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, caption: str, *, box: tuple[int, int, int, int], size: int) -> None:

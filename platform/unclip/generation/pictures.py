@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -15,6 +18,20 @@ MAX_BYTES = 64 * 2**20
 """Of an encoded picture; one of 67 million pixels as a JPEG has less."""
 _CERTAIN = 250
 """From this value of 255 on a mask means it; what lies between, as on soft edges, is drawn anew."""
+
+
+@dataclass(frozen=True)
+class Originals:
+    """What a manipulation begins with: N pictures uint8 (N, S, S, 3), and what a sheet calls each."""
+
+    pictures: npt.NDArray[np.uint8]
+    names: Sequence[str]
+
+
+def read_originals(field: str, uris: Sequence[str], size: int) -> Originals:
+    """The middle squares of pictures, at least one, resized; a file's name is its picture's."""
+    pictures = np.stack([read_square(field, uri, size) for uri in uris])
+    return Originals(pictures, [uri.rstrip("/").rsplit("/", 1)[-1] for uri in uris])
 
 
 def read_picture(field: str, uri: str) -> Picture:

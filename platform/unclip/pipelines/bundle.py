@@ -32,6 +32,8 @@ from unclip.utils import storage
 from unclip.utils.hashing import sha256_file
 
 SCHEMA_VERSION = 2
+_MAX_ATTRIBUTION = 400
+"""Characters: what a line or two below a sheet of pictures hold."""
 _CONFIG, _WEIGHTS, _MANIFEST = "config.json", "model.safetensors", "manifest.json"
 
 
@@ -69,7 +71,7 @@ class StageManifest(Config):
     weights: StoredFile
     """STAGE/model.safetensors."""
     provenance: dict[str, Any]
-    """Where it came from: run, step, samples seen, versions; for people to read."""
+    """Where it came from: run, step, samples seen, versions, attributions of its data; for people to read."""
 
 
 Manifests = Mapping[StageName, StageManifest]
@@ -110,6 +112,13 @@ class Bundle:
         content = {name: [entry.config.sha256, entry.weights.sha256] for name, entry in sorted(self.manifests.items())}
         fingerprint = self.clip.fingerprint if self.clip else None
         return hashlib.sha256(json.dumps([fingerprint, content]).encode()).hexdigest()
+
+    @property
+    def attribution(self) -> str:
+        """What the licences of its training data want said beside its pictures; empty where no stage says any."""
+        said = [entry.provenance.get("attributions") for entry in self.manifests.values()]
+        texts = [str(text) for texts in said if isinstance(texts, list) for text in texts]
+        return " ".join(dict.fromkeys(texts))[:_MAX_ATTRIBUTION]
 
     def load_model(self, name: StageName) -> nn.Module:
         """The network of a stage with its weights, on the CPU, in evaluation mode and frozen.

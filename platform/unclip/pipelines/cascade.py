@@ -22,6 +22,7 @@ from unclip.pipelines.guides import GuideOptions, check_guides
 from unclip.pipelines.options import AnySampling, DecoderOptions, PriorOptions, SamplerOptions
 from unclip.pipelines.stages import (
     AnyPriorStageConfig,
+    ClipStageConfig,
     DecoderStageConfig,
     NoisedClipStageConfig,
     StageConfig,
@@ -109,7 +110,9 @@ def plan_cascade(
             f"options.up_to = {options.up_to}: the bundle makes {', '.join(map(str, sizes.values()))} pixels"
         )
     lengths = [decoder.model.context_length, None if prior is None else prior.model.context_length]
-    noised_clip = configs.get("noised_clip")
+    noised_clip, clip = configs.get("noised_clip"), configs.get("clip")
+    if isinstance(clip, ClipStageConfig) and decoder.in_clip_space:
+        lengths.append(clip.architecture.context_length)
     if "noised_clip" in guidance.gradient_scales and isinstance(noised_clip, NoisedClipStageConfig):
         lengths.append(noised_clip.model.text.context_length)
     room = min((length for length in lengths if length is not None), default=sys.maxsize)

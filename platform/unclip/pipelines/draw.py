@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,9 @@ from unclip.pipelines.cascade import CascadeOutput, GenerationOptions
 from unclip.pipelines.guides import combined_guide
 from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.pictures import to_signed, to_uint8
-from unclip.pipelines.stages import StageName
+from unclip.pipelines.stages import PriorStage, StageName
 from unclip.pipelines.stages.decoder import ConditionPart
+from unclip.pipelines.stages.draws import best_draw, draws_of
 from unclip.utils.random import SampleGenerator
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ StageProgress = Callable[[str, int, int], None]
 """progress(stage, steps done, steps in all), called after every sampling step."""
 
 Watch = Callable[[str, slice, torch.Tensor], None]
-"""watch(stage, rows, pictures): what these rows of the draw are predicted to become, uint8 (n, S, S, 3), at every step."""
+"""watch(stage, rows, predicted): what these n rows of the draw are predicted to become, at every step.
+
+Pictures uint8 (n, S, S, 3), or of the prior the best of its draws so far, z_i (n, D) of unit norm. An autoregressive prior
+has no prediction of the whole before its last code, and is not shown.
+"""
 
 _INPUTS: dict[ConditionPart, tuple[str, ...]] = {
     "image": ("image_embed",),
@@ -65,17 +70,22 @@ class Draw:
 
         Args:
             text_embed: (B, D) z_t, unit norm; None: CLIP's of the captions.
+
+        Raises `ConfigError` where there is no prior, or no decoder that is told its z_i.
         """
         stage = self.pipeline.prior
         if stage is None:
             raise ConfigError("the image embedding of a caption needs a prior; this pipeline has none")
+        if "prior" not in self.cascade.sampling:
+            told = ", ".join(self.pipeline.decoder.config.model.inputs)
+            raise ConfigError(f"the decoder is told {told}, not an image embedding: there is none to draw")
         if text_embed is None:
             text_embed = self.pipeline.encode_text(prompts)
         inputs = {
             "text_embed": text_embed,
             "tokens": self.pipeline.tokens(prompts, stage.config.model.context_length),
         }
-        return self._run("prior", inputs, lambda part: stage.sample(**part.inputs, **part.how))
+        return self._run("prior", inputs, lambda part: self._image_embed(stage, part))
 
     @torch.no_grad()  # inference_mode would leave no way to take the gradients of guides
     def decode(
@@ -92,12 +102,13 @@ class Draw:
             prompts: B captions, or names of classes for a decoder of those.
             image_embed: (B, D) z_i, unit norm.
             x_T: (B, 3, S, S) to begin from; None: drawn from the seeds.
-            known: pixels that the pictures shall have.
+            known: pixels that the pictures shall have, (B, S, S).
 
         Raises `ValueError` where a tensor is not what the stage takes, and `ConfigError` where it is not told such a thing.
         """
         pipeline, guidance = self.pipeline, self.cascade.guidance
         config = pipeline.decoder.config
+        self._check_known({} if known is None else {config.image_size: known}, [config.image_size])
         if image_embed is not None and config.model.embed_dim is None:
             raise ConfigError(f"the decoder is told {', '.join(config.model.inputs)}, not an image embedding")
         told = {} if prompts is None else pipeline.told(prompts)
@@ -123,7 +134,7 @@ class Draw:
             z_i, tokens, noise = (inputs.pop(name, None) for name in ("image_embed", "tokens", "x_T"))
             generator = part.how["generator"]
             start = pipeline.decoder.begin(z_i, tokens, generator, further=inputs, dropped=dropped).at(noise)
-            guide = self._guide("decoder", part, process, pixels, inner)
+            guide = self._guide("decoder", part, process, known=pixels, inner=inner)
             drawn = pipeline.decoder.run(start, guide=guide, **part.how)
             return to_uint8(drawn) if pixels is None else pixels.compose(to_uint8(drawn))
 
@@ -137,13 +148,18 @@ class Draw:
 
         Args:
             pictures: uint8 (B, s, s, 3) of any size that an upsampler of the cascade takes.
-            known: by size, pixels that the pictures shall have.
+            known: by size, pixels that the pictures shall have, (B, S, S).
+
+        Raises `ValueError` where pictures or known pixels are not what the cascade takes.
         """
         made: dict[int, torch.Tensor] = {}
+        shape, sizes = tuple(pictures.shape), self.cascade.sizes.values()
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or shape[2:] != (shape[1], 3):
+            raise ValueError(f"pictures must be uint8 (B, s, s, 3), not {pictures.dtype} {shape}")
+        if shape[1] not in sizes:
+            raise ValueError(f"pictures of {shape[1]} pixels: this cascade knows those of {', '.join(map(str, sizes))}")
+        self._check_known(known or {}, [size for size in sizes if size > shape[1]])
         pictures = pictures.to(self.pipeline.device)
-        if pictures.shape[1] not in self.cascade.sizes.values():
-            sizes = ", ".join(map(str, self.cascade.sizes.values()))
-            raise ValueError(f"pictures of {pictures.shape[1]} pixels: this cascade knows those of {sizes}")
         for name, stage in self.pipeline.upsamplers.items():
             size = stage.config.image_size
             if name not in self.cascade.sizes or size <= pictures.shape[1]:
@@ -162,8 +178,9 @@ class Draw:
         known: Mapping[int, KnownPixels] | None = None,
     ) -> CascadeOutput:
         """Pictures of every size: `decode`, then `upsample`; `known` by size, the other arguments as there."""
-        size = self.cascade.sizes["decoder"]
-        pictures = self.decode(prompts=prompts, image_embed=image_embed, x_T=x_T, known=(known or {}).get(size))
+        size, known = self.cascade.sizes["decoder"], dict(known or {})
+        self._check_known(known, self.cascade.sizes.values())
+        pictures = self.decode(prompts=prompts, image_embed=image_embed, x_T=x_T, known=known.pop(size, None))
         images = {size: pictures} | self.upsample(pictures, known=known)
         return CascadeOutput(
             None if image_embed is None else image_embed.cpu(),
@@ -174,12 +191,22 @@ class Draw:
     def count(self) -> int:
         return len(self._streams.keys)
 
+    def _image_embed(self, stage: Any, part: _Part) -> torch.Tensor:
+        """z_i (n, D) of the captions of `part`; a prior that denoises can be watched."""
+        if not isinstance(stage, PriorStage):
+            return cast("torch.Tensor", stage.sample(**part.inputs, **part.how))
+        z_t, generator = part.inputs["text_embed"], part.how["generator"]
+        texts, captions, streams = draws_of(z_t, part.inputs["tokens"], generator, stage.config.num_draws)
+        guide = self._guide("prior", part, stage.process, show=lambda drawn: best_draw(stage.finish(drawn), z_t))
+        start = stage.begin(texts, captions, streams)
+        return best_draw(stage.run(start, guide=guide, **part.how | {"generator": streams}), z_t)
+
     def _upsampled(self, name: Any, low_res: torch.Tensor, known: KnownPixels | None) -> torch.Tensor:
         stage = self.pipeline.upsamplers[name]
 
         def sample(part: _Part) -> torch.Tensor:
             pixels = self._known(known, part)
-            guide = self._guide(name, part, stage.process, pixels, None)
+            guide = self._guide(name, part, stage.process, known=pixels)
             drawn = to_uint8(stage.sample(**part.inputs, guide=guide, **part.how))
             return drawn if pixels is None else pixels.compose(drawn)
 
@@ -188,15 +215,32 @@ class Draw:
     def _known(self, known: KnownPixels | None, part: _Part) -> KnownPixels | None:
         return None if known is None else known.select(part.rows, self.pipeline.device)
 
+    def _check_known(self, known: Mapping[int, KnownPixels], sizes: Collection[int]) -> None:
+        for size, pixels in known.items():
+            if size not in sizes:
+                made = ", ".join(map(str, sizes)) or "none"
+                raise ValueError(f"known pixels of {size}x{size} pictures: what is to be drawn are those of {made}")
+            if pixels.mask.shape != (self.count, size, size):
+                expected, found = (self.count, size, size), tuple(pixels.mask.shape)
+                raise ValueError(f"known pixels at {size} must have a mask {expected}, not {found}")
+
     def _guide(
-        self, name: StageName, part: _Part, process: DiffusionProcess, known: KnownPixels | None, inner: Guide | None
+        self,
+        name: StageName,
+        part: _Part,
+        process: DiffusionProcess,
+        *,
+        known: KnownPixels | None = None,
+        inner: Guide | None = None,
+        show: Callable[[torch.Tensor], torch.Tensor] = to_uint8,
     ) -> Guide | None:
         """The gradients first, then the known pixels, which they must not move, and what is shown of all that last."""
         guides = [inner] if inner is not None else []
         if known is not None:
             guides.append(known.guide(process))
         if self._watch is not None:
-            guides.append(_watching(self._watch, name, part.rows, process))
+            watch = self._watch
+            guides.append(_watching(lambda x_start: watch(name, part.rows, show(x_start)), process))
         return (lambda denoise: reduce(lambda network, guide: guide(network), guides, denoise)) if guides else None
 
     def _run(
@@ -237,14 +281,14 @@ class _Part:
     how: dict[str, Any]
 
 
-def _watching(watch: Watch, name: StageName, rows: slice, process: DiffusionProcess) -> Guide:
-    """A guide that changes nothing and shows the clean pictures that are predicted."""
+def _watching(show: Callable[[torch.Tensor], None], process: DiffusionProcess) -> Guide:
+    """A guide that changes nothing and shows the clean samples that are predicted."""
 
     def watched(denoise: Denoise[Any]) -> Denoise[Any]:
         def shown(x_t: torch.Tensor, timesteps: torch.Tensor, cond: Any) -> torch.Tensor:
             model_output = denoise(x_t, timesteps, cond)
             prediction, _ = process.split(model_output.to(x_t.dtype))
-            watch(name, rows, to_uint8(process.pred_x_start(prediction, x_t, timesteps)))
+            show(process.pred_x_start(prediction, x_t, timesteps))
             return model_output
 
         return shown

@@ -34,10 +34,19 @@ class Latents:
 
 
 def deterministic(options: GenerationOptions, *, eta: float = 0.0) -> GenerationOptions:
-    """`options` with the decoder's DDIM, which alone comes back from an inversion: `STEPS` trailing ones unless they say else."""
+    """`options` with the decoder's DDIM, which alone comes back from an inversion: `STEPS` trailing ones unless they say else.
+
+    Raises `ConfigError` where they ask for another sampler, for another `eta`, or for guides, which an inversion does not
+    go through.
+    """
     decoder = options.decoder
     if decoder.sampler not in (None, "ddim"):
         raise ConfigError(f"options.decoder.sampler = {decoder.sampler!r}: only ddim comes back from an inversion")
+    if decoder.eta not in (None, eta):
+        raise ConfigError(f"options.decoder.eta = {decoder.eta:g}: the noise of a step is {eta:g} here; leave it null")
+    if decoder.guidance.gradient_scales:
+        guides = ", ".join(decoder.guidance.gradient_scales)
+        raise ConfigError(f"options.decoder: guided by {guides}, which an inversion does not go through")
     changes: dict[str, object] = {"sampler": "ddim", "eta": eta}
     if decoder.timesteps_list is None:
         # Trailing steps leave out the least noise, where small errors of a prediction mean much of it: on a decoder of a few
@@ -54,10 +63,10 @@ def invert(
     """(z_i, x_T) of pictures uint8 (N, H, H, 3), H a multiple of the decoder's size.
 
     z_i is what CLIP says to them. x_T is found by DDIM upwards through the decoder, told z_i and no caption, guided as
-    `options` say: DDIM without noise (`deterministic(options)`) comes back from it, up to an error that falls with the
-    number of steps.
+    `options` say, whose eta does not count: DDIM without noise (`deterministic(options)`) comes back from it, up to an
+    error that falls with the number of steps.
     """
-    stage, options = pipeline.decoder, deterministic(options)
+    stage, options = pipeline.decoder, deterministic(options.merged({"decoder": {"eta": None}}))
     # A copy of arrays, which may be read-only.
     pixels = (pictures if isinstance(pictures, torch.Tensor) else torch.tensor(pictures)).to(pipeline.device)
     image_embed = pipeline.encode_image(pixels)

@@ -27,8 +27,8 @@ class KnownPixels:
     feather: int = 0
 
     def __post_init__(self) -> None:
-        count, height, width = self.mask.shape
-        if self.mask.dtype != torch.bool or tuple(self.pixels.shape) != (count, height, width, 3):
+        types = self.pixels.dtype, self.mask.dtype
+        if types != (torch.uint8, torch.bool) or self.mask.ndim != 3 or self.pixels.shape != (*self.mask.shape, 3):
             raise ValueError(
                 f"known pixels must be uint8 (B, S, S, 3) with a mask bool (B, S, S), not {self.pixels.dtype} "
                 f"{tuple(self.pixels.shape)} with {self.mask.dtype} {tuple(self.mask.shape)}"
@@ -75,11 +75,14 @@ def known_at(
         pictures: uint8 (B, S, S, 3), S a multiple of every size.
         keep: (B, S, S) bool, True = known.
         feather: reach of the soft seam as a share of the picture's side; 0 for a hard one.
+
+    Raises `ValueError` where `pictures` or `keep` are something else.
     """
+    large = KnownPixels(pictures, keep)
     found = {}
     for size in sizes:
-        mask = functional.avg_pool2d(keep[:, None].double(), keep.shape[1] // size)[:, 0] == 1
-        found[size] = KnownPixels(at_size(pictures, size), mask, round(feather * size))
+        mask = functional.avg_pool2d(large.mask[:, None].double(), keep.shape[1] // size)[:, 0] == 1
+        found[size] = KnownPixels(at_size(large.pixels, size), mask, round(feather * size))
     return found
 
 

@@ -141,7 +141,7 @@ class Pipeline:
 
         Args:
             progress: called after every step of a stage.
-            watch: called with what the pictures look like at every step of decoder and upsamplers.
+            watch: called at every step of a stage with what it will come to: z_i, and what the pictures look like.
         """
         return Draw(self, seeds, options=options, progress=progress, watch=watch)
 

@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from unclip.training.config import TrainConfig
 from unclip.training.dry_step import DryStep, empty_batch
+from unclip.utils.memory import LiveTensors
 
 _ALIGNMENT = 512
 """Bytes: CUDA's caching allocator hands out multiples."""
@@ -74,14 +73,13 @@ def _trace(config: TrainConfig, samples: int) -> _Trace:
     """
     precision = config.zero.precision
     with DryStep.of(config) as dry:
-        batch = empty_batch(config, samples)
         if precision == "bf16":
             _halve(dry.objective.model)
         ledger = _Ledger()
         for parameter in dry.objective.model.parameters():
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
-            ledger.leave_out(parameter)
         with ledger:
+            batch = empty_batch(config, samples)
             with torch.autocast("cpu", dtype=torch.float16, enabled=precision == "autocast"):
                 loss = dry.loss(batch).loss
             loss.backward()
@@ -97,47 +95,26 @@ def _halve(module: nn.Module) -> None:
             setattr(part, name, buffer.to(torch.float16) if buffer.is_floating_point() else buffer)
 
 
-class _Ledger(TorchDispatchMode):
-    """Adds up the storages that live, after each operation, the parameters' gradients apart."""
+class _Ledger(LiveTensors):
+    """What lives after each operation, the parameters' gradients apart."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(alignment=_ALIGNMENT)
         self.activations, self.gradients = array("q"), array("q")
-        self._live = {"activations": 0, "gradients": 0}
-        self._seen: dict[int, tuple[str, int]] = {}
-
-    def leave_out(self, tensor: torch.Tensor) -> None:
-        """Is there before and after the step."""
-        self._enter(tensor, counted=False)
+        self._gradient_bytes = 0
 
     def is_gradient(self, parameter: torch.Tensor) -> None:
         """A parameter's gradient is complete: no activation any more."""
         assert parameter.grad is not None
-        key = parameter.grad.untyped_storage()._cdata
-        kind, size = self._seen[key]
-        self._seen[key] = ("gradients", size)
-        self._live[kind] -= size
-        self._live["gradients"] += size
+        size = self.size(parameter.grad)
+        self._gradient_bytes += size
+        weakref.finalize(parameter.grad.untyped_storage(), self._gradient_ended, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self._enter(tensor, counted=True)
-        self.activations.append(self._live["activations"])
-        self.gradients.append(self._live["gradients"])
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.activations.append(self.bytes - self._gradient_bytes)
+        self.gradients.append(self._gradient_bytes)
         return result
 
-    def _enter(self, tensor: torch.Tensor, *, counted: bool) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        size = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT if counted else 0
-        self._seen[key] = ("activations", size)
-        self._live["activations"] += size
-        weakref.finalize(storage, self._leave, key)
-
-    def _leave(self, key: int) -> None:
-        kind, size = self._seen.pop(key)
-        self._live[kind] -= size
+    def _gradient_ended(self, size: int) -> None:
+        self._gradient_bytes -= size

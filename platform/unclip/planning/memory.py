@@ -177,12 +177,20 @@ def _bucket(network: Network, zero: ZeroConfig) -> float:
 
 
 def _copies(network: Network, shape: Shape) -> float:
-    """Copies of a bucket while it is exchanged, one type after the other: in the order of ranks, and in the type that
-    travels; at stage 3 also this worker's part of the sum."""
-    if shape.workers == 1 or shape.zero.stage == 0:
-        return 0.0
-    part = 1 / shape.workers if shape.zero.stage == 3 else 0.0
-    return max((own + other + own * part) * size for own, other, size in _bucket_types(network, shape.zero))
+    """Copies of gradients while a bucket is exchanged, and then on their way to the host where they are offloaded.
+
+    Of the bucket, one type after the other: in the order of ranks, and in the type that travels; at stage 3 also this
+    worker's part of the sum. Before stage 3 parameters go to the host one by one, through a buffer that stays, and what
+    there is of them here is taken once more in float64 for its norm.
+    """
+    zero = shape.zero
+    travelling, part = 0.0, 1 / shape.workers if zero.stage == 3 else 0.0
+    if shape.workers > 1 and zero.stage > 0:
+        travelling = max((own + other + own * part) * size for own, other, size in _bucket_types(network, zero))
+    if zero.offload_optimizer == "none" or zero.stage == 3:
+        return travelling
+    leaving = 8.0 * min(network.largest, network.parameters / shape.workers)
+    return weight_bytes(zero) * network.largest + max(travelling, leaving)
 
 
 def _bucket_types(network: Network, zero: ZeroConfig) -> list[tuple[int, int, float]]:
@@ -210,8 +218,11 @@ def _host(network: Network, shape: Shape, away: Parts) -> Parts:
     if zero.offload_optimizer == "none":
         return host
     on_disk = zero.offload_optimizer == "nvme"
-    # Gradients as they come from the device, and as the update takes them; before stage 3, weights on their way back.
+    # Gradients as they come from the device, and as the update takes them; before stage 3, weights on their way back,
+    # and stage 2 adds up the gradients of several micro-batches there.
     copies = weight_bytes(zero) * shard
-    host |= {"buffers": 4.0 * _SWAPPED if on_disk else 4.0 * network.largest + (copies if zero.stage < 3 else 0.0)}
-    host |= {"gradients": 4 * shard + (copies if zero.stage == 3 else 0.0)}
+    passing = weight_bytes(zero) * network.largest + copies if zero.stage < 3 else 4.0 * network.largest
+    host |= {"buffers": 4.0 * _SWAPPED if on_disk else passing}
+    added_up = 4 * shard if zero.stage == 2 and shape.accumulation > 1 else 0.0
+    host |= {"gradients": 4 * shard + added_up + (copies if zero.stage == 3 else 0.0)}
     return host | ({} if on_disk else away)

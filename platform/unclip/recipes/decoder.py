@@ -91,7 +91,7 @@ def demo() -> TrainConfig:
         text=TextTransformerConfig(context_length=24, width=64, depth=1, heads=2),
         embed_dim=128,
     )
-    sampling = SamplingConfig(sampler="ddim", num_inference_steps=40, guidance_scale=1.5)
+    sampling = SamplingConfig(sampler="dpmsolver++", num_inference_steps=15, guidance_scale=1.5)
     return TrainConfig(
         stage="decoder",
         recipe="demo",

@@ -7,17 +7,17 @@ from typing import Any
 from unclip.models.clip import ClipModel
 from unclip.pipelines.bundle import ClipReference, save_stage
 from unclip.training import checkpoint
-from unclip.training.config import TrainConfig
 from unclip.training.export import full_state_dict
 from unclip.training.run_folder import RunFolder, versions
-from unclip.training.setup import clip_reference
+from unclip.training.setup import PreparedRun, clip_reference
 
 
-def publish(config: TrainConfig) -> None:
-    """Writes the newest checkpoint's EMA weights as the run's stage into `config.bundle`.
+def publish(prepared: PreparedRun) -> None:
+    """Writes the newest checkpoint's EMA weights as the run's stage into its bundle.
 
     Raises `CheckpointError` where the run has no checkpoint, `BundleError` where the bundle belongs to another CLIP.
     """
+    config = prepared.config
     assert config.bundle is not None
     newest = checkpoint.latest(RunFolder(config.run).checkpoints_uri)
     if newest is None:
@@ -35,6 +35,7 @@ def publish(config: TrainConfig) -> None:
         "recipe": config.recipe,
         "seed": config.seed,
         "versions": versions(),
+        "attributions": prepared.attributions,
         **newest.state,
     }
     save_stage(config.bundle, stage, tensors=tensors, clip=clip, provenance=provenance)

@@ -35,6 +35,12 @@ class PreparedRun:
     spec: BatchSpec
     order: RunOrder
 
+    @property
+    def attributions(self) -> list[str]:
+        """What the licences of the records want said, where their manifests say it."""
+        said = (manifest.facts.get("attribution") for manifest in self.manifests)
+        return list(dict.fromkeys(text for text in said if isinstance(text, str)))
+
     def data_report(self, samples_seen: int) -> list[dict[str, Any]]:
         """What a run that saw so many samples has trained of each source; plain JSON values.
 

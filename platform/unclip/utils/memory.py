@@ -49,17 +49,24 @@ def memory_of(compute: Callable[[], object], device: torch.device) -> tuple[int,
         compute()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
-    with _LiveTensors() as live:
+    with LiveTensors() as live:
         compute()
     return live.peak, live.bytes
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations make, from their making to their end; views and what was there count nothing."""
+class LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations make, from their making to their end; views and what was there count nothing.
 
-    def __init__(self) -> None:
+    `bytes` is what there is now, `peak` the most that there was after an operation.
+
+    Args:
+        alignment: a storage counts as the next multiple of so many bytes.
+    """
+
+    def __init__(self, *, alignment: int = 1) -> None:
         super().__init__()
         self.bytes = self.peak = 0
+        self._alignment = alignment
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,10 +80,14 @@ class _LiveTensors(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
         return result
 
+    def size(self, tensor: torch.Tensor) -> int:
+        """What the storage of a tensor that an operation has made counts."""
+        return self._seen[tensor.untyped_storage()._cdata]
+
     def _enter(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
         key = storage._cdata
         if key not in self._seen:
-            self._seen[key] = storage.nbytes() if counted else 0
+            self._seen[key] = -(-storage.nbytes() // self._alignment) * self._alignment if counted else 0
             self.bytes += self._seen[key]
             weakref.finalize(storage, self._leave, key)
 

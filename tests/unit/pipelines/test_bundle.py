@@ -82,6 +82,20 @@ def test_works_on_an_object_store(
     storage.remove(uri)
 
 
+def test_attributions_of_all_stages_are_said_once(tiny_bundle: str, bundle: Path) -> None:
+    assert Bundle.load(tiny_bundle).attribution == ""
+    said = {
+        "decoder": ["By A, CC BY", "By B"],
+        "clip": ["By A, CC BY"],
+        "upsampler_256": "no list",
+        "prior": ["C" * 900],
+    }
+    for name, texts in said.items():
+        edit_json(bundle / name / "manifest.json", lambda data: data["provenance"].update(attributions=texts))  # noqa: B023
+    found = Bundle.load(str(bundle)).attribution
+    assert found == f"By A, CC BY {'C' * 900} By B"[:400]
+
+
 def test_digest_follows_the_weights(
     bundle: Path, tiny_bundle: str, tiny_configs: Mapping[str, StageConfig], tiny_models: Mapping[str, nn.Module]
 ) -> None:

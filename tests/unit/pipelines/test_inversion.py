@@ -66,6 +66,18 @@ def test_only_ddim_comes_back() -> None:
         deterministic(GenerationOptions().merged({"decoder": {"sampler": "ddpm"}}))
 
 
+def test_options_that_contradict_the_way_back_are_refused(exact_pipeline: Pipeline, drawings) -> None:
+    noisy = options(5).merged({"decoder": {"eta": 0.5}})
+    with pytest.raises(ConfigError, match=r"options.decoder.eta = 0.5: the noise of a step is 0 here; leave it null"):
+        deterministic(noisy)
+    assert deterministic(noisy, eta=0.5) == deterministic(deterministic(noisy, eta=0.5), eta=0.5)
+    torch.testing.assert_close(
+        invert(exact_pipeline, drawings, options=noisy).x_T, invert(exact_pipeline, drawings, options=options(5)).x_T
+    )
+    with pytest.raises(ConfigError, match=r"guided by noised_clip, which an inversion does not go through"):
+        deterministic(options(5).merged({"decoder": {"clip_guidance_scale": 1.0}}))
+
+
 def test_pictures_of_no_multiple_are_refused(exact_pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="20x20 pixels cannot be scaled down evenly to 16x16"):
         invert(exact_pipeline, np.zeros((1, 20, 20, 3), dtype=np.uint8), options=options(5))

@@ -140,5 +140,16 @@ def test_offload_copies_weights_back_through_host_memory() -> None:
         ).host
         for stage in (2, 3)
     )
-    assert two["buffers"] - three["buffers"] == 2 * BILLION / 4
+    assert two["buffers"] - three["buffers"] == 2 * BILLION / 4 - 2 * net.largest
     assert three["gradients"] - two["gradients"] == 2 * BILLION / 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_on_their_way_to_the_host(stage: int) -> None:
+    """Float32 alone, as measured: weights, their copy on the way back, 16 bytes of state, gradients here and there; and of
+    the largest one two buffers, and 8 bytes for its norm. Stage 2 adds micro-batches up in one more copy."""
+    net = network(100_000_000)
+    zero = ZeroConfig.from_dict({"stage": stage, "precision": "fp32", "offload_optimizer": "cpu"})
+    once, twice = (worker_memory(net, Shape(zero, 1, 1, n), lazy=True).total for n in (1, 2))
+    assert once == (4 + 4 + 16 + 4 + 4) * net.parameters + (4 + 4 + 8) * net.largest
+    assert twice - once == (4 * net.parameters if stage == 2 else 0)

@@ -38,7 +38,7 @@ def test_records_become_a_stage(openmoji: str, tmp_path: Path) -> None:
     trainer = Trainer(prepared.config, rank=0, device=torch.device("cpu"))
     summary = trainer.train(local_batches(prepared, start=0))
     assert summary["step"] == 2
-    publish(prepared.config)
+    publish(prepared)
 
     bundle = Bundle.load(str(tmp_path / "bundle"))
     stage, model = bundle.configs["prior"], bundle.load_model("prior")

@@ -34,7 +34,7 @@ def train(stage: str, recipe: str, folder: Path, openmoji: str) -> None:
     run.open(prepared.config)
     assert Trainer(prepared.config, rank=0, device=torch.device("cpu")).train(local_batches(prepared))["step"] == 2
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in run.metrics())
-    publish(prepared.config)
+    publish(prepared)
 
 
 @pytest.mark.parametrize(

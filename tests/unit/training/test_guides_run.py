@@ -41,7 +41,7 @@ def test_a_guide_trains_and_is_there_in_the_bundle(stage: str, openmoji: str, tm
         assert METRICS[stage] <= record.keys()
         assert math.isfinite(record["loss"])
         assert record["grad_norm"] > 0
-    publish(prepared.config)
+    publish(prepared)
 
     bundle = Bundle.load(str(tmp_path / "bundle"))
     newest = checkpoint.latest(run.checkpoints_uri)

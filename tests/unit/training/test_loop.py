@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ from unclip.training.setup import PreparedRun
 def test_every_stage_trains_and_the_bundle_makes_pictures(tmp_path: Path, records: Records) -> None:
     clip = prepare("clip", tmp_path, records)
     summary = run(clip)
-    publish(clip.config)
+    said = tuple(replace(manifest, facts={"attribution": "Drawn by A."}) for manifest in clip.manifests * 2)
+    publish(replace(clip, manifests=said))
+    assert Bundle.load(str(tmp_path / "bundle")).attribution == "Drawn by A."
     source = str(tmp_path / "bundle" / "clip")
     embedded = embed(records["64"], str(tmp_path / "embedded"), source)
     chained = records | {"clip": source, "embedded": embedded}
@@ -55,7 +58,7 @@ def test_every_stage_trains_and_the_bundle_makes_pictures(tmp_path: Path, record
         assert summary["parameters"] == sum(tensor.numel() for tensor in before.values())
         assert [record["step"] for record in metrics(prepared)] == [1, 2]
         assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in metrics(prepared))
-        publish(prepared.config)
+        publish(prepared)
         _check_published(prepared)
 
     bundle = Bundle.load(str(tmp_path / "bundle"))
@@ -86,7 +89,7 @@ def _check_published(prepared: PreparedRun) -> None:
 def test_nothing_is_exported_before_there_is_a_checkpoint(tmp_path: Path, records: Records) -> None:
     prepared = prepare("prior", tmp_path, records)
     with pytest.raises(CheckpointError, match="has no checkpoint to export"):
-        publish(prepared.config)
+        publish(prepared)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -240,6 +243,6 @@ def test_sampling_settings_of_the_recipe_travel(tmp_path: Path, records: Records
     """What a recipe says about sampling is what the pipeline does unless told otherwise."""
     prepared = prepare("prior", tmp_path, records, objective={"stage": {"sampling": {"num_inference_steps": 3}}})
     run(prepared)
-    publish(prepared.config)
+    publish(prepared)
     published = Bundle.load(str(tmp_path / "bundle")).configs["prior"]
     assert published.sampling == SamplingConfig(num_inference_steps=3)  # type: ignore[union-attr]

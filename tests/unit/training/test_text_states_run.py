@@ -42,7 +42,7 @@ def test_a_decoder_trains_on_the_text_states(openmoji: str, tmp_path: Path) -> N
     RunFolder(prepared.config.run).open(prepared.config)
     trainer = Trainer(prepared.config, rank=0, device=torch.device("cpu"))
     assert trainer.train(local_batches(prepared))["step"] == prepared.config.loop.max_steps
-    publish(prepared.config)
+    publish(prepared)
 
     bundle = Bundle.load(str(tmp_path / "bundle"))
     stage, model = bundle.configs["decoder"], bundle.load_model("decoder")

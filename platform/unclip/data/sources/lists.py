@@ -46,22 +46,28 @@ class Stretch(NamedTuple):
     offset: int
 
 
-def read_records(uri: str, start: int = 0, stop: int | None = None, offset: int = 0) -> Iterator[Record]:
+def read_records(
+    uri: str, start: int = 0, stop: int | None = None, offset: int = 0, *, line_field: str = "url"
+) -> Iterator[Record]:
     """The records from `start` up to `stop` of a list, by what its name ends in.
 
-    `.jsonl`: a JSON object a line. `.csv`, `.tsv`: the first row names the fields. `.txt`: a line is the field `url`.
+    `.jsonl`: a JSON object a line. `.csv`, `.tsv`: the first row names the fields. `.txt`: a line is one field.
     `.parquet`: the columns are the fields. Empty lines do not count. Raises `DataError` where Parquet cannot be read.
 
     Args:
         offset: byte at which record `start` begins, by `divide`; nothing before it is read but the first row of a
             table. 0 for Parquet, and for what is read from the start.
+        line_field: name of the field that a line of `.txt` is.
     """
     if _is_parquet(uri):
         values: Iterator[dict[str, Any] | str] = _parquet(uri, start, stop)
     else:
         skipped = 0 if offset else start
         values = (
-            value for _, value in islice(_text(uri, offset), skipped, None if stop is None else skipped + stop - start)
+            value
+            for _, value in islice(
+                _text(uri, offset, line_field), skipped, None if stop is None else skipped + stop - start
+            )
         )
     for number, value in enumerate(values, start):
         yield Record(number, {}, value) if isinstance(value, str) else Record(number, value)
@@ -74,7 +80,7 @@ def divide(uri: str, most: int) -> list[Stretch]:
     """
     if not _is_parquet(uri):
         offsets, rows = [], 0
-        for offset, _ in _text(uri, 0):
+        for offset, _ in _text(uri, 0, ""):
             if rows % most == 0:
                 offsets.append(offset)
             rows += 1
@@ -107,7 +113,7 @@ def _is_parquet(uri: str) -> bool:
     return uri.lower().endswith(".parquet")
 
 
-def _text(uri: str, offset: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _text(uri: str, offset: int, line_field: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """The records that begin at byte `offset` or later, and the byte at which each does."""
     suffix = uri.lower().rpartition(".")[2]
     with StorageFile(uri) as file:
@@ -117,7 +123,7 @@ def _text(uri: str, offset: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
         file.seek(offset)
         for start, line in _lines(file, offset):
             if line.strip():
-                yield start, {"url": line.strip()} if suffix == "txt" else _json_object(line)
+                yield start, {line_field: line.strip()} if suffix == "txt" else _json_object(line)
 
 
 def _lines(file: StorageFile, offset: int) -> Iterator[tuple[int, str]]:

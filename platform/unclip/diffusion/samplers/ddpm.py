@@ -32,6 +32,8 @@ class DDPM:
         prediction, variance_values = process.split(model_output)
         x_start = process.pred_x_start(prediction, x_t, timesteps)
         mean, _ = process.posterior(x_start, x_t, timesteps, prev_timesteps)
+        if variance_values is not None:  # beyond its bounds it does little in training, and explodes over longer steps
+            variance_values = variance_values.clamp(-1, 1)
         log_variance = process.model_log_variance(variance_values, x_t, timesteps, prev_timesteps)
         deviation = per_sample(prev_timesteps >= 0, x_t) * (0.5 * log_variance).exp()
         x_s = mean + deviation * required(noise, "ddpm")

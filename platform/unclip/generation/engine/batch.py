@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from unclip.diffusion.guidance import Denoise
-from unclip.diffusion.process import DiffusionProcess, per_sample
+from unclip.diffusion.guidance import Denoise, combine
+from unclip.diffusion.process import per_sample
 from unclip.diffusion.samplers import MixedSampling, Sampler, SamplerState, SamplingConfig
 from unclip.generation.engine.job import Row
 from unclip.generation.engine.steering import Steering, steer
@@ -159,7 +159,13 @@ class Batch:
         conditional, unconditional = output[:count], output[count : count + guided]
         if not guided:
             return conditional
-        return _guided(conditional, unconditional, forward.guided, forward.scale, self._stage.process)
+        combined = combine(
+            unconditional,
+            conditional[forward.guided],
+            per_sample(forward.scale, unconditional),
+            learned_variance=self._stage.process.config.variance_type == "learned_range",
+        )
+        return conditional.index_copy(0, forward.guided, combined)
 
     def _current_pass(self) -> _Pass:
         """Made anew only where other rows are guided than at the last step."""
@@ -246,21 +252,3 @@ def _cat(conditions: Sequence[Condition]) -> Condition:
 def _is_guided(sampling: SamplingConfig, timestep: int, num_train_timesteps: int) -> bool:
     start, stop = sampling.guided_timesteps(num_train_timesteps)
     return sampling.guidance_scale != 1 and start <= timestep < stop
-
-
-def _guided(
-    conditional: torch.Tensor,
-    unconditional: torch.Tensor,
-    rows: torch.Tensor,
-    scale: torch.Tensor,
-    process: DiffusionProcess,
-) -> torch.Tensor:
-    """`conditional` (B, ...) with the predictions of `rows` (g,) guided, as `classifier_free` does it.
-
-    `unconditional` (g, ...) are the outputs of these rows without their conditions. A learned variance stays.
-    """
-    prediction, variance_values = process.split(conditional)
-    without, _ = process.split(unconditional)
-    combined = torch.lerp(without, prediction[rows], per_sample(scale, without))
-    prediction = prediction.index_copy(0, rows, combined)
-    return prediction if variance_values is None else torch.cat([prediction, variance_values], dim=1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from unclip.generation.engine.route import Stages
 from unclip.models.clip import Tokenizer
+from unclip.pipelines.guides import GuideName
 from unclip.pipelines.stages import ARPriorStage, DecoderStage, PriorStage
 
 _KEPT = 256
@@ -19,12 +20,14 @@ _KEPT = 256
 @dataclass(frozen=True)
 class Caption:
     """tokens: (1, L) int64 for each context length L of a stage. text_embed: (1, D) z_t, unit norm, and text_states
-    (1, L, S), where a CLIP makes them for a stage.
+    (1, L, S), where a CLIP makes them for a stage. targets: what guides steer towards, by guide and class, filled in when a
+    request is first guided so.
     """
 
-    tokens: Mapping[int, torch.Tensor]
-    text_embed: torch.Tensor | None
-    text_states: torch.Tensor | None
+    tokens: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    text_embed: torch.Tensor | None = None
+    text_states: torch.Tensor | None = None
+    targets: dict[tuple[GuideName, str | None], torch.Tensor] = field(default_factory=dict)
 
 
 class Captions:

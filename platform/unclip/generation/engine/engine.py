@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from unclip.generation.engine.captions import Captions
+from unclip.generation.engine.captions import Caption, Captions
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.job import Job, Row
 from unclip.generation.engine.lane import Lane
@@ -26,7 +26,7 @@ from unclip.generation.engine.metrics import EngineCount, EngineMetrics
 from unclip.generation.engine.pools import build_pool
 from unclip.generation.engine.probe import measured_slots
 from unclip.generation.engine.request import DeadlineError, Picture, Request, StageFailedError, Ticket, Update
-from unclip.generation.engine.route import Stages, plan_route
+from unclip.generation.engine.route import Stages, plan_route, stage_after
 from unclip.pipelines.pictures import to_uint8
 from unclip.pipelines.stages import StageName
 
@@ -70,8 +70,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not taken a step yet."""
-        return len(self._arrived) + sum(job.began is None for job in list(self._jobs))
+        """Requests of which a sample waits for a slot, in whichever stage; from any thread."""
+        return len({*self._arrived, *(job for job in list(self._jobs) if job.waiting)})
 
     def submit(self, request: Request) -> Ticket:
         """Takes a request on; from any thread.
@@ -91,14 +91,17 @@ class Engine:
         """
         self._welcome()
         now = self._clock()
-        self._part_with([job for job in self._jobs if self._is_over(job, now)])
+        for job in self._jobs:
+            if now >= job.deadline:
+                job.ticket.fail(DeadlineError(f"not done within timeout = {job.request.timeout} seconds"))
+        self._part_with([job for job in self._jobs if job.ticket.done()])
         lane = self._next_lane()
         if lane is None:
             return
         self._admit(lane)
         if not lane.pool.rows:
             return
-        rows, began = lane.pool.rows, self._clock()
+        rows, began = lane.pool.stepping, self._clock()
         try:
             done = lane.pool.step()
             self._pace()
@@ -115,23 +118,29 @@ class Engine:
     def fail_all(self, error: BaseException) -> None:
         """Ends every request that is under way with `error`."""
         self._welcome()
-        for job in list(self._jobs):
-            with contextlib.suppress(BaseException):  # whatever one ticket's callbacks raise, the others end too
-                self._count.failed += job.ticket.fail(error)
+        self.give_up(error)
         self._part_with(self._jobs)
+
+    def give_up(self, error: BaseException) -> None:
+        """Ends the tickets of all requests that are under way with `error`, and touches nothing else: from any thread,
+        even where a step never ends."""
+        for job in [*self._arrived, *self._jobs]:
+            with contextlib.suppress(BaseException):  # whatever one ticket's callbacks raise, the others end too
+                job.ticket.fail(error)
+            job.ticket.begun.set()
 
     def metrics(self) -> EngineMetrics:
         """As of now."""
-        count, waiting = self._count, self.waiting
+        count, waiting, ends = self._count, self.waiting, self._count.ends
         return EngineMetrics(
             stages={name: lane.metrics() for name, lane in self._lanes.items()},
             waiting=waiting,
             running=len(self._jobs) + len(self._arrived) - waiting,
             submitted=count.submitted + len(self._arrived),
-            finished=count.finished,
-            failed=count.failed,
-            cancelled=count.cancelled,
-            expired=count.expired,
+            finished=ends["finished"],
+            failed=ends["failed"],
+            cancelled=ends["cancelled"],
+            expired=ends["expired"],
             queue_seconds=count.queue_seconds,
         )
 
@@ -140,44 +149,32 @@ class Engine:
     def _welcome(self) -> None:
         """Lets those that arrived wait for their first stage."""
         while self._arrived:
-            job = self._arrived.popleft()
+            job = self._arrived[0]  # there until it is elsewhere too: other threads ask whether there is work
             self._count.submitted += 1
             self._jobs[job] = None
             self._queue(job, next(iter(job.route.sampling)))
+            self._arrived.popleft()
 
     def _queue(self, job: Job, name: StageName) -> None:
-        self._lanes[name].waiting.extend(job.rows(name, self._stages, self._clock()))
-
-    def _is_over(self, job: Job, now: float) -> bool:
-        """Whether nobody waits for it any more, or the time that it had has passed."""
-        if job.ticket.done():
-            self._count.cancelled += 1
-            return True
-        if now < job.deadline:
-            return False
-        if job.ticket.fail(DeadlineError(f"not done within timeout = {job.request.timeout} seconds")):
-            self._count.expired += 1
-        else:
-            self._count.cancelled += 1
-        return True
+        self._lanes[name].queue(job.rows(name, self._stages, self._clock()))
 
     def _part_with(self, jobs: Iterable[Job]) -> None:
-        """Forgets jobs, whose slots are free from then on."""
-        gone = set(jobs)
-        if not gone:
-            return
+        """Counts and forgets jobs whose tickets have ended; their slots are free from then on."""
+        gone = self._jobs.keys() & jobs
         for job in gone:
-            self._jobs.pop(job, None)
+            del self._jobs[job]
+            self._count.ends[job.ticket.end] += 1
             job.ticket.begun.set()
-        for lane in self._lanes.values():
-            lane.drop(gone)
+        if gone:
+            for lane in self._lanes.values():
+                lane.drop(gone)
 
     def _fail(self, jobs: Collection[Job], name: StageName, error: Exception) -> None:
         """Ends jobs whose stage raised."""
         for job in jobs:
             failure = StageFailedError(f"stage {name} failed: {error}")
             failure.__cause__ = error
-            self._count.failed += job.ticket.fail(failure)
+            job.ticket.fail(failure)
         self._part_with(jobs)
 
     # --- one stage ----------------------------------------------------------------------------------------------------
@@ -198,14 +195,14 @@ class Engine:
         if not rows:
             return
         try:
-            captions = self._captions.encode(row.job.caption for row in rows)
+            captions = self._captions.encode(row.job.caption for row in rows if lane.pool.reads_captions)
         except Exception as error:
             self._fail({row.job for row in rows}, lane.name, error)
             return
         entries = {}
         for row in rows:
             try:
-                entries[row] = lane.pool.enter(row, captions[row.job.caption])
+                entries[row] = lane.pool.enter(row, captions.get(row.job.caption, Caption()))
             except Exception as error:
                 self._fail({row.job}, lane.name, error)
         entries = {row: entry for row, entry in entries.items() if row.job in self._jobs}  # not beside a failed draw
@@ -232,7 +229,7 @@ class Engine:
             try:
                 watch(Update(lane.name, row.job.steps, row.job.total, partial(_picture, clean)))
             except Exception as error:
-                self._count.failed += row.job.ticket.fail(error)
+                row.job.ticket.fail(error)
                 self._part_with([row.job])
 
     def _hand_over(self, row: Row, output: torch.Tensor) -> None:
@@ -243,7 +240,7 @@ class Engine:
         try:
             if not job.take(row, output, self._stages):
                 return
-            following = job.route.after(row.stage)
+            following = stage_after(job.route, row.stage)
             result = job.result(self._clock()) if following is None else None
         except Exception as error:
             self._fail({job}, row.stage, error)
@@ -251,10 +248,8 @@ class Engine:
         if following is not None:
             self._queue(job, following)
         elif result is not None:
-            del self._jobs[job]
-            finished = job.ticket.answer(result)
-            self._count.finished += finished
-            self._count.cancelled += not finished
+            job.ticket.answer(result)
+            self._part_with([job])
 
 
 class _Pace:

@@ -9,7 +9,8 @@ import torch
 from unclip.diffusion.respacing import step_pairs
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.generation.engine.request import Picture, Request, Result, Ticket
-from unclip.generation.engine.route import Route, Stages
+from unclip.generation.engine.route import Stages
+from unclip.pipelines.cascade import Cascade
 from unclip.pipelines.options import AnySampling
 from unclip.pipelines.pictures import to_uint8
 from unclip.pipelines.stages import PriorStage, StageName
@@ -52,7 +53,7 @@ class Job:
     """A request on its way: its stream (one sample), and what its stages have made so far."""
 
     ticket: Ticket
-    route: Route
+    route: Cascade
     stream: SampleGenerator
     submitted: float
     image_embed: torch.Tensor | None
@@ -64,13 +65,15 @@ class Job:
     draws: dict[int, torch.Tensor] = field(default_factory=dict)
     images: dict[int, Picture] = field(default_factory=dict)
     began: float | None = None
+    waiting: int = 0
+    """Of its rows, those that wait for a slot."""
     steps: int = 0
     """Taken in the stage that it is in, by all its rows together."""
     total: int = 0
     """Of these, until it is through the stage."""
 
     @classmethod
-    def of(cls, ticket: Ticket, route: Route, device: torch.device, now: float) -> Job:
+    def of(cls, ticket: Ticket, route: Cascade, device: torch.device, now: float) -> Job:
         """The request of `ticket`, which has done nothing yet."""
         request = ticket.request
         embed = None if request.image_embed is None else request.image_embed[None].to(device, torch.float32)

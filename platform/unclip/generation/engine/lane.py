@@ -24,10 +24,19 @@ class Lane:
     def has_work(self) -> bool:
         return bool(self.pool.rows or self.waiting)
 
+    def queue(self, rows: Collection[Row]) -> None:
+        """Lets rows wait for a slot."""
+        self.waiting.extend(rows)
+        for row in rows:
+            row.job.waiting += 1
+
     def next_rows(self) -> list[Row]:
         """Takes as many rows out of those that wait as there are free slots."""
         free = self.slots - len(self.pool.rows)
-        return [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        rows = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        for row in rows:
+            row.job.waiting -= 1
+        return rows
 
     def admitted(self, rows: Collection[Row], now: float) -> None:
         """Counts rows that got a slot."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from unclip.generation.engine.request import End
 from unclip.pipelines.stages import StageName
 
 
@@ -61,9 +63,9 @@ class EngineMetrics:
 
     stages: Mapping[StageName, StageMetrics]
     waiting: int
-    """Requests that have not taken a step yet."""
+    """Requests of which a sample waits for a slot, in whichever stage."""
     running: int
-    """Requests that have."""
+    """The others that are under way."""
     submitted: int
     finished: int
     failed: int
@@ -89,8 +91,5 @@ class EngineCount:
     """The running totals of requests."""
 
     submitted: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    expired: int = 0
+    ends: Counter[End] = field(default_factory=Counter)
     queue_seconds: float = 0.0

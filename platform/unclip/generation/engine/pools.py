@@ -18,6 +18,7 @@ from unclip.generation.engine.padding import as_it_is, compiled, padded_sizes, p
 from unclip.generation.engine.route import AnyStage, Stages
 from unclip.generation.engine.steering import Steering
 from unclip.pipelines.guides import DecoderGuide, GuideName
+from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.pictures import to_signed
 from unclip.pipelines.stages import ARPriorStage, DecoderStage, PriorStage, UpsamplerStage
 from unclip.pipelines.stages.ar_prior import ARSamplingConfig
@@ -35,6 +36,16 @@ class Pool(ABC, Generic[EntryT]):
     @abstractmethod
     def rows(self) -> list[Row]:
         """Those that are running."""
+
+    @property
+    def stepping(self) -> list[Row]:
+        """Those of them that the next step takes on."""
+        return self.rows
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether `enter` looks at the caption."""
+        return True
 
     @abstractmethod
     def enter(self, row: Row, caption: Caption) -> EntryT:
@@ -84,16 +95,15 @@ class DiffusionPool(Pool[Entry]):
     def enter(self, row: Row, caption: Caption) -> Entry:
         assert isinstance(row.sampling, SamplingConfig)
         generator = row.stream
-        return Entry(row, row.sampling, self.begin(row, caption, generator), generator, self.steering(row))
+        return Entry(row, row.sampling, self.begin(row, caption, generator), generator, self.steering(row, caption))
 
     @abstractmethod
     def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
         """Where the row begins; x_T is the first draw of `generator`."""
 
-    def steering(self, row: Row) -> Steering:
+    def steering(self, row: Row, caption: Caption) -> Steering:
         """What steers the row beside its condition."""
-        known = row.job.request.known.get(row.job.route.sizes.get(row.stage, 0))
-        return Steering(None if known is None else known.select(slice(None), row.job.stream.keys.device))
+        return Steering(_known(row))
 
     def clean(self, row: Row) -> torch.Tensor | None:
         return self._diffusion.finish(self._batch.clean(row))
@@ -129,7 +139,7 @@ class DecoderPool(DiffusionPool):
 
     def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
         model, request = self._stage.config.model, row.job.request
-        told, known = dict[str, torch.Tensor](), super().steering(row).known
+        told, known = dict[str, torch.Tensor](), _known(row)
         if model.inpainting and known is not None:
             told |= known.told
         if model.num_classes is not None and request.prompt is not None:
@@ -144,13 +154,14 @@ class DecoderPool(DiffusionPool):
         start = self._stage.begin(row.job.image_embed, tokens, generator, further=told, dropped=unseen)
         return start.at(None if request.x_T is None else request.x_T[None])
 
-    def steering(self, row: Row) -> Steering:
-        options, prompt = row.job.route.guidance, row.job.caption
-        targets = {
-            name: (scale, self._guides[name].target([prompt], options))
-            for name, scale in options.gradient_scales.items()
-        }
-        return Steering(super().steering(row).known, targets)
+    def steering(self, row: Row, caption: Caption) -> Steering:
+        options, targets = row.job.route.guidance, dict[GuideName, tuple[float, torch.Tensor]]()
+        for name, scale in options.gradient_scales.items():
+            key = name, options.class_label
+            if key not in caption.targets:
+                caption.targets[key] = self._guides[name].target([row.job.caption], options)
+            targets[name] = scale, caption.targets[key]
+        return Steering(_known(row), targets)
 
 
 class UpsamplerPool(DiffusionPool):
@@ -159,6 +170,10 @@ class UpsamplerPool(DiffusionPool):
     def __init__(self, stage: UpsamplerStage, batch: Batch) -> None:
         super().__init__(stage, batch)
         self._stage = stage
+
+    @property
+    def reads_captions(self) -> bool:
+        return False
 
     def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
         assert row.job.low_res is not None
@@ -189,6 +204,10 @@ class ARPriorPool(Pool[Asked]):
     def rows(self) -> list[Row]:
         return [asked.row for asked in self._asked]
 
+    @property
+    def stepping(self) -> list[Row]:
+        return [asked.row for asked in self._together()]
+
     def enter(self, row: Row, caption: Caption) -> Asked:
         assert caption.text_embed is not None
         return Asked(row, caption.text_embed, caption.tokens[self._stage.config.model.context_length], row.stream)
@@ -200,9 +219,9 @@ class ARPriorPool(Pool[Asked]):
         self._asked = [asked for asked in self._asked if asked.row not in rows]
 
     def step(self) -> list[tuple[Row, torch.Tensor]]:
-        sampling = self._asked[0].row.sampling
+        together = self._together()
+        sampling = together[0].row.sampling
         assert isinstance(sampling, ARSamplingConfig)
-        together = [asked for asked in self._asked if asked.row.sampling == sampling]
         embeds = self._stage.sample(
             torch.cat([asked.text_embed for asked in together]),
             torch.cat([asked.tokens for asked in together]),
@@ -212,6 +231,9 @@ class ARPriorPool(Pool[Asked]):
         self.drop([asked.row for asked in together])
         return [(asked.row, embeds[index : index + 1]) for index, asked in enumerate(together)]
 
+    def _together(self) -> list[Asked]:
+        return [asked for asked in self._asked if asked.row.sampling == self._asked[0].row.sampling]
+
 
 def build_pool(stage: AnyStage, stages: Stages, *, compile_for: int | None = None) -> Pool[Any]:
     """The pool of a stage, empty; compiled for few numbers of rows up to `compile_for` of a batch, or as it is."""
@@ -219,10 +241,17 @@ def build_pool(stage: AnyStage, stages: Stages, *, compile_for: int | None = Non
         return ARPriorPool(stage)
     network: Denoise[Any] = stage.network
     padded: Callable[[int], int] = as_it_is
-    if compile_for is not None:  # each row may come a second time, unconditional
-        network, padded = compiled(stage.network), padding_to(padded_sizes(2 * compile_for))
+    if compile_for is not None:
+        most = compile_for if isinstance(stage, UpsamplerStage) else 2 * compile_for  # guided rows come twice
+        network, padded = compiled(stage.network), padding_to(padded_sizes(most))
     guides = stages.guides if isinstance(stage, DecoderStage) else {}
     batch = Batch(stage, network, stages.device, padded=padded, guides=guides)
     if isinstance(stage, DecoderStage):
         return DecoderPool(stage, batch, guides)
     return PriorPool(stage, batch) if isinstance(stage, PriorStage) else UpsamplerPool(stage, batch)
+
+
+def _known(row: Row) -> KnownPixels | None:
+    """What the row's picture shall show, on the row's device."""
+    known = row.job.request.known.get(row.job.route.sizes.get(row.stage, 0))
+    return None if known is None else known.select(slice(None), row.job.stream.keys.device)

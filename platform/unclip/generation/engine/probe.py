@@ -12,10 +12,12 @@ from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.job import Job, Row
 from unclip.generation.engine.pools import build_pool
 from unclip.generation.engine.request import Request, Ticket
-from unclip.generation.engine.route import AnyStage, Route, Stages
+from unclip.generation.engine.route import AnyStage, Stages, part_of_a_cascade
 from unclip.generation.engine.slots import StageMemory, divide
 from unclip.pipelines.guides import ClassifierGuide, ClipGuide, GuideOptions
+from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.options import AnySampling
+from unclip.pipelines.pictures import PICTURE_CHANNELS
 from unclip.pipelines.stages import DecoderStage, StageName, UpsamplerStage
 from unclip.pipelines.stages.diffusion_stage import DiffusionStage
 from unclip.utils.memory import free_memory, memory_of
@@ -33,8 +35,11 @@ def measured_slots(stages: Stages, config: EngineConfig) -> dict[StageName, int]
 
 @torch.no_grad()
 def measured_memory(name: StageName, stages: Stages, captions: Captions) -> StageMemory:
-    """Takes a step with one row, and one with two: guided, in two halves, by every guide there is."""
-    one, two = (_step_memory(name, stages, captions, rows) for rows in (1, 2))
+    """Takes a step with one row, and one with two: guided, in two halves, by every guide there is, with known pixels.
+
+    Another one comes first: libraries take workspaces on their first call and keep them.
+    """
+    _, one, two = (_step_memory(name, stages, captions, rows) for rows in (1, 1, 2))
     return StageMemory.measured(one, two)
 
 
@@ -60,7 +65,7 @@ def _dearest(name: StageName, stage: AnyStage, stages: Stages, number: int) -> R
         sizes = {name: stage.config.image_size}
     sampling, guidance = _sampling(stage), _guidance(stages) if name == "decoder" else GuideOptions()
     ticket = Ticket(_request(stage, number))
-    job = Job.of(ticket, Route({name: sampling}, sizes, guidance), stages.device, 0.0)
+    job = Job.of(ticket, part_of_a_cascade({name: sampling}, sizes, guidance), stages.device, 0.0)
     return Row(job, name, 0, sampling, pairs, 0.0)
 
 
@@ -75,13 +80,19 @@ def _request(stage: AnyStage, number: int) -> Request:
     """Each `number` has a caption of its own, where captions are: of equal ones some is computed once."""
     if isinstance(stage, UpsamplerStage):
         side = stage.config.low_res_size
-        return Request(low_res=np.zeros((side, side, 3), dtype=np.uint8))
+        return Request(low_res=np.zeros((side, side, 3), dtype=np.uint8), known=_all_known(stage.config.image_size))
     caption = f"drawing {number}"
     if not isinstance(stage, DecoderStage):
         return Request(prompt=caption)
     width, classes = stage.config.model.embed_dim, stage.config.classes
     embed = None if width is None else functional.normalize(torch.ones(width), dim=0)
-    return Request(prompt=classes[0] if classes else caption, image_embed=embed)
+    known = _all_known(stage.config.image_size)
+    return Request(prompt=classes[0] if classes else caption, image_embed=embed, known=known)
+
+
+def _all_known(size: int) -> dict[int, KnownPixels]:
+    mask = torch.ones(1, size, size, dtype=torch.bool)
+    return {size: KnownPixels(torch.zeros(1, size, size, PICTURE_CHANNELS, dtype=torch.uint8), mask)}
 
 
 def _guidance(stages: Stages) -> GuideOptions:

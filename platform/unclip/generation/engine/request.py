@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.stages import StageName
 
 Picture = npt.NDArray[np.uint8]
+End = Literal["finished", "failed", "cancelled", "expired"]
 
 
 class EngineError(RuntimeError):
@@ -119,19 +121,28 @@ class Ticket(Future[Result]):
         self.request = request
         self.begun = threading.Event()
         """Set when the request takes its first step, or ends without one."""
+        self.add_done_callback(_tell_who_waits)
 
-    def answer(self, result: Result) -> bool:
-        """Ends with `result`; False where it had ended before."""
-        try:
+    @property
+    def end(self) -> End:
+        """How it ended; it has."""
+        if self.cancelled():
+            return "cancelled"
+        error = self.exception(0)
+        return "finished" if error is None else "expired" if isinstance(error, DeadlineError) else "failed"
+
+    def answer(self, result: Result) -> None:
+        """Ends with `result`, unless it has ended before."""
+        with contextlib.suppress(InvalidStateError):
             self.set_result(result)
-        except InvalidStateError:
-            return False
-        return True
 
-    def fail(self, error: BaseException) -> bool:
-        """Ends with `error`; False where it had ended before."""
-        try:
+    def fail(self, error: BaseException) -> None:
+        """Ends with `error`, unless it has ended before."""
+        with contextlib.suppress(InvalidStateError):
             self.set_exception(error)
-        except InvalidStateError:
-            return False
-        return True
+
+
+def _tell_who_waits(ticket: Future[Result]) -> None:
+    """`cancel` by itself leaves `concurrent.futures.wait` and `as_completed` waiting for whoever takes the work up."""
+    if ticket.cancelled():
+        ticket.set_running_or_notify_cancel()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ import torch
 from unclip.config.base import ConfigError
 from unclip.generation.engine.request import Picture, Request
 from unclip.models.clip import ClipModel
-from unclip.pipelines.cascade import UPSAMPLERS, plan_cascade
+from unclip.pipelines.cascade import UPSAMPLERS, Cascade, plan_cascade
 from unclip.pipelines.guides import DecoderGuide, GuideName, GuideOptions, check_label
+from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.options import AnySampling
 from unclip.pipelines.pictures import PICTURE_CHANNELS
 from unclip.pipelines.pipeline import Pipeline
@@ -51,27 +52,20 @@ class Stages:
         return configs | {name: guide.config for name, guide in self.guides.items()}
 
 
-@dataclass(frozen=True)
-class Route:
-    """The stages of one request in their order: how each samples, the sides of their pictures, the decoder's guides."""
-
-    sampling: Mapping[StageName, AnySampling]
-    sizes: Mapping[StageName, int]
-    guidance: GuideOptions = field(default_factory=GuideOptions)
-
-    def after(self, name: StageName) -> StageName | None:
-        """The stage that takes what stage `name` makes; None behind the last."""
-        names = list(self.sampling)
-        return next(iter(names[names.index(name) + 1 :]), None)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Plain JSON values of all that changes the picture beside bundle, prompt, seed and precision."""
-        sampling = {name: config.to_dict() for name, config in self.sampling.items()}
-        return {"sampling": sampling, "guidance": self.guidance.to_dict()}
+def stage_after(route: Cascade, name: StageName) -> StageName | None:
+    """The stage that takes what stage `name` makes; None behind the last."""
+    names = list(route.sampling)
+    return next(iter(names[names.index(name) + 1 :]), None)
 
 
-def plan_route(request: Request, stages: Stages) -> Route:
+def part_of_a_cascade(
+    sampling: Mapping[StageName, AnySampling], sizes: Mapping[StageName, int], guidance: GuideOptions | None = None
+) -> Cascade:
+    """Some stages alone, without a caption that they could cut."""
+    return Cascade(sampling, sizes, GuideOptions() if guidance is None else guidance, context_length=sys.maxsize)
+
+
+def plan_route(request: Request, stages: Stages) -> Cascade:
     """The stages that `request` goes through.
 
     Raises `ConfigError` or `ValueError` naming what does not suit them, and `BundleError` where a stage is missing.
@@ -92,14 +86,11 @@ def plan_route(request: Request, stages: Stages) -> Route:
         raise ValueError("image_embed and low_res: give one, which says where the request begins")
     _check_beginning(request, route)
     for size, known in request.known.items():
-        if size not in route.sizes.values():
-            raise ValueError(f"known: no stage of this request makes pictures of {size} pixels")
-        if tuple(known.mask.shape) != (1, size, size):
-            raise ValueError(f"known[{size}]: mask must be (1, {size}, {size}), not {tuple(known.mask.shape)}")
+        _check_known(size, known, route)
     return route
 
 
-def _from_decoder(request: Request, stages: Stages) -> Route:
+def _from_decoder(request: Request, stages: Stages) -> Cascade:
     """With the prior in front of it where z_i is not given."""
     embed = request.image_embed
     cascade = plan_cascade(stages.configs, request.options, with_prior=embed is None)
@@ -121,10 +112,10 @@ def _from_decoder(request: Request, stages: Stages) -> Route:
         check_label("prompt", request.prompt, cascade.classes)
     elif stages.clip is None and ("prior" in cascade.sampling or decoder.config.model.text_states is not None):
         raise ConfigError("a prompt needs a CLIP; this engine has none")
-    return Route(cascade.sampling, cascade.sizes, cascade.guidance)
+    return cascade
 
 
-def _from_picture(request: Request, low_res: Picture, stages: Stages) -> Route:
+def _from_picture(request: Request, low_res: Picture, stages: Stages) -> Cascade:
     """The upsamplers from the one that takes the picture on."""
     if low_res.dtype != np.uint8 or low_res.ndim != 3 or low_res.shape[2] != PICTURE_CHANNELS:
         raise ValueError(f"low_res must be uint8 (s, s, 3), not {low_res.dtype} {low_res.shape}")
@@ -142,10 +133,10 @@ def _from_picture(request: Request, low_res: Picture, stages: Stages) -> Route:
         )
     if up_to not in (None, size):
         raise ConfigError(f"options.up_to = {up_to}: from {low_res.shape[0]} pixels the stages reach {size}")
-    return Route(sampling, sizes)
+    return part_of_a_cascade(sampling, sizes)
 
 
-def _check_beginning(request: Request, route: Route) -> None:
+def _check_beginning(request: Request, route: Cascade) -> None:
     if request.x_T is None:
         return
     if "decoder" not in route.sampling:
@@ -153,3 +144,14 @@ def _check_beginning(request: Request, route: Route) -> None:
     size = route.sizes["decoder"]
     if tuple(request.x_T.shape) != (PICTURE_CHANNELS, size, size):
         raise ValueError(f"x_T must be ({PICTURE_CHANNELS}, {size}, {size}), not {tuple(request.x_T.shape)}")
+    if not request.x_T.is_floating_point() or not bool(request.x_T.isfinite().all()):
+        raise ValueError(f"x_T must be of finite floating point numbers; it is {request.x_T.dtype}")
+
+
+def _check_known(size: int, known: KnownPixels, route: Cascade) -> None:
+    if size not in route.sizes.values():
+        raise ValueError(f"known: no stage of this request makes pictures of {size} pixels")
+    if tuple(known.mask.shape) != (1, size, size):
+        raise ValueError(f"known[{size}]: mask must be (1, {size}, {size}), not {tuple(known.mask.shape)}")
+    if not 0 <= known.feather <= size:
+        raise ValueError(f"known[{size}]: feather = {known.feather} must be from 0 to {size} pixels")

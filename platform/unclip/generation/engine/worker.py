@@ -14,6 +14,9 @@ from unclip.generation.engine.request import EngineFullError, EngineStoppedError
 
 _LOGGER = logging.getLogger(__name__)
 
+_LAST_STEP_SECONDS = 60.0
+"""How long closing waits for the step that is being taken: far longer than any that ends."""
+
 
 class EngineThread:
     """Steps `engine` as long as it has work; as a context manager it closes at the end. Nobody else may step it.
@@ -22,7 +25,7 @@ class EngineThread:
     it died of as `__cause__`, and so does whoever comes later.
 
     Args:
-        max_waiting: requests that may wait for their first step; more are refused.
+        max_waiting: requests that may wait for a slot, in whichever stage, when another one comes; it is refused.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
@@ -69,14 +72,20 @@ class EngineThread:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self, *, patience: float = 0.0) -> None:
-        """Takes nothing on any more, waits `patience` seconds at most for what is under way, and ends the rest."""
+        """Takes nothing on any more, waits `patience` seconds at most for what is under way, and ends the rest.
+
+        A step that does not end within `_LAST_STEP_SECONDS` is left to itself: every ticket ends all the same.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._end is not None or not self._engine.has_work, patience)
             self._end = self._end or EngineStoppedError("the engine was closed")
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(_LAST_STEP_SECONDS)
+        if self._thread.is_alive():
+            _LOGGER.error("the engine's step has taken %.0f s: left to itself", self.step_seconds)
+            self._engine.give_up(self._end)
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +111,7 @@ class EngineThread:
             self._end = EngineStoppedError(f"the engine's thread died: {error!r}")
             self._end.__cause__ = error
         finally:
+            self._step_began = None
             with self._changed:
                 self._end = self._end or EngineStoppedError("the engine was closed")
                 self._engine.fail_all(self._end)

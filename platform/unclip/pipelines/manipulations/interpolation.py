@@ -38,11 +38,16 @@ def interpolation(
     """
     if len(pictures) < 2 or frames < 2:
         raise ValueError(f"{len(pictures)} pictures, frames = {frames}: a way needs at least 2 of each")
-    latents = invert(pipeline, pictures, options=options)
+    x_T = None
+    if noise == "interpolated":
+        latents = invert(pipeline, pictures, options=options)
+        ends, x_T = latents.image_embed, latents.x_T
+    else:
+        ends = pipeline.encode_image(pictures)
     places = torch.arange((len(pictures) - 1) * (frames - 1) + 1, device=pipeline.device)
     first = (places // (frames - 1)).clamp(max=len(pictures) - 2)
     share = places.double() / (frames - 1) - first
-    image_embed = slerp(latents.image_embed[first], latents.image_embed[first + 1], share)
-    x_T = slerp(latents.x_T[first], latents.x_T[first + 1], share) if noise == "interpolated" else None
+    image_embed = slerp(ends[first], ends[first + 1], share)
+    x_T = None if x_T is None else slerp(x_T[first], x_T[first + 1], share)
     draw = pipeline.draw([seed] * len(places), options=deterministic(options), progress=progress)
     return draw.cascade_of(image_embed=image_embed, x_T=x_T)

@@ -10,7 +10,7 @@ import torch
 
 from unclip.pipelines.cascade import CascadeOutput, GenerationOptions
 from unclip.pipelines.draw import StageProgress
-from unclip.pipelines.inversion import deterministic, invert
+from unclip.pipelines.inversion import Latents, deterministic, invert
 from unclip.pipelines.pipeline import AS_STORED, Pipeline
 
 
@@ -31,6 +31,20 @@ def variations(
         eta: noise of a step, 0 to 1. With 0 the picture comes back, but for what its inversion loses; with 1 what
             varies is all that z_i does not hold.
     """
-    latents = invert(pipeline, pictures, options=options).repeat(len(seeds))
-    draw = pipeline.draw(list(seeds) * len(pictures), options=deterministic(options, eta=eta), progress=progress)
-    return draw.cascade_of(image_embed=latents.image_embed, x_T=latents.x_T)
+    latents = invert(pipeline, pictures, options=options)
+    return redrawn(pipeline, latents, seeds, eta=eta, options=options, progress=progress)
+
+
+def redrawn(
+    pipeline: Pipeline,
+    latents: Latents,
+    seeds: Sequence[int],
+    *,
+    eta: float,
+    options: GenerationOptions = AS_STORED,
+    progress: StageProgress | None = None,
+) -> CascadeOutput:
+    """`variations` of pictures that were inverted with the same options; arguments and output as there."""
+    starts, drawing = latents.repeat(len(seeds)), deterministic(options, eta=eta)
+    draw = pipeline.draw(list(seeds) * len(latents.x_T), options=drawing, progress=progress)
+    return draw.cascade_of(image_embed=starts.image_embed, x_T=starts.x_T)

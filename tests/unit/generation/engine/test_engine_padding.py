@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tests.support.engines import MakeEngine, assert_same_pictures, made, run, unit
+from tests.support.engines import CountedNetwork, MakeEngine, assert_same_pictures, made, run, unit
 from torch import nn
 
 from unclip.generation.engine.config import EngineConfig
@@ -70,3 +70,15 @@ def test_networks_can_be_traced_with_all_that_they_are_told(
         results.append([ticket.result(0).images for ticket in tickets])
     for eager, compiled in zip(*results, strict=True):
         assert_same_pictures(compiled, eager)
+
+
+def test_upsamplers_are_never_guided_and_so_compiled_for_their_slots_alone(
+    make_engine: MakeEngine, networks: Mapping[str, CountedNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    engine = make_engine(3, compile=True)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    for picture in pictures:
+        engine.submit(Request(low_res=picture, options=GenerationOptions(up_to=32)))
+    run(engine)
+    assert set(networks["upsampler_256"].calls) == {3}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.support.engines import MakeEngine, assert_same_pictures, made, randomized, run, unit
+from tests.support.engines import MakeEngine, assert_same_pictures, ended, made, randomized, run, unit
 
 from unclip.config.base import ConfigError
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.engine import Engine
-from unclip.generation.engine.request import Request, Update
+from unclip.generation.engine.request import Request, StageFailedError, Update
 from unclip.generation.engine.route import Stages
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.guides import build_guide
@@ -84,6 +85,8 @@ def test_mixed_loads_come_out_as_the_pipeline_makes_them(
         result = ticket.result(0)
         torch.testing.assert_close(result.image_embed, embed, rtol=1e-4, atol=1e-4)
         assert_same_pictures(result.images, images)
+        if ticket.request.image_embed is None:
+            assert result.settings == pipeline.plan(ticket.request.options).settings
 
 
 def test_a_request_may_begin_at_any_picture_and_end_at_any(make_engine: MakeEngine) -> None:
@@ -221,16 +224,49 @@ def test_decoders_of_other_kinds(pipeline: Pipeline, changes: dict[str, Any]) ->
     )
 
 
-def test_an_autoregressive_prior(pipeline: Pipeline) -> None:
-    """Captions of one sampling share a call; those of another are no less right."""
+COLD = GenerationOptions(up_to=16)
+WARM = COLD.merged({"prior": {"temperature": 2.0}})
+
+
+@pytest.fixture
+def autoregressive(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with such a prior."""
     config = stage_config_from_dict(AUTOREGRESSIVE)
     pipeline.prior = config.stage(randomized(config))
-    warm = GenerationOptions().merged({"up_to": 16, "prior": {"temperature": 2.0}})
-    cold = GenerationOptions(up_to=16)
-    requests = [Request(prompt=prompt, seed=seed, options=options) for prompt, seed, options in (
-        ("two dogs", 0, cold), ("two dogs", 1, warm), ("a red apple", 0, cold)
-    )]  # fmt: skip
-    check_against(pipeline, requests)
+    return pipeline
+
+
+def test_an_autoregressive_prior(autoregressive: Pipeline) -> None:
+    """Captions of one sampling share a call; those of another are no less right."""
+    asked = (("two dogs", 0, COLD), ("two dogs", 1, WARM), ("a red apple", 0, COLD))
+    check_against(autoregressive, [Request(prompt=text, seed=seed, options=options) for text, seed, options in asked])
+
+
+def test_of_an_autoregressive_prior_only_the_captions_of_a_call_go_on(autoregressive: Pipeline) -> None:
+    engine, seen = Engine(Stages.of(autoregressive), EngineConfig(memory_bytes=2**33)), list[int]()
+
+    def watched(number: int, options: GenerationOptions) -> Request:
+        return Request(prompt="two dogs", options=options, watch=lambda _: seen.append(number))
+
+    for number, options in enumerate((COLD, WARM, COLD)):
+        engine.submit(watched(number, options))
+    engine.step()
+    assert (seen, engine.metrics().stages["prior"].rows) == ([0, 2], 2)
+
+
+def test_an_error_of_an_autoregressive_prior_ends_the_captions_of_that_call(autoregressive: Pipeline) -> None:
+    engine = Engine(Stages.of(autoregressive), EngineConfig(memory_bytes=2**33))
+    assert autoregressive.prior is not None
+    generate, model = autoregressive.prior._model.generate, autoregressive.prior._model
+
+    def breaks_once(*_arguments, **_further) -> torch.Tensor:
+        model.generate = generate
+        raise ValueError("out of luck")
+
+    model.generate = breaks_once
+    tickets = [engine.submit(Request(prompt="two dogs", options=options)) for options in (COLD, WARM, COLD)]
+    run(engine)
+    assert ended(tickets) == [StageFailedError, None, StageFailedError]
 
 
 # --- what is refused, what is shown -----------------------------------------------------------------------------------
@@ -252,6 +288,10 @@ def test_an_autoregressive_prior(pipeline: Pipeline) -> None:
         (Request(image_embed=unit(0), low_res=np.zeros((16, 16, 3), np.uint8)), "image_embed and low_res: give one"),
         (Request(prompt="a", x_T=torch.zeros(3, 8, 8)), r"x_T must be \(3, 16, 16\), not \(3, 8, 8\)"),
         (Request(low_res=np.zeros((16, 16, 3), np.uint8), x_T=torch.zeros(3, 16, 16)), "begins behind the decoder"),
+        (Request(prompt="a", x_T=torch.full((3, 16, 16), torch.inf)), "x_T must be of finite floating point numbers"),
+        (Request(prompt="a", x_T=torch.zeros(3, 16, 16, dtype=torch.int64)), "x_T must be of finite floating point"),
+        (Request(prompt="a", known={16: replace(some_known(0)[16], feather=17)}), r"known\[16\]: feather = 17 must be"),
+        (Request(prompt="a", known={16: replace(some_known(0)[16], feather=-1)}), r"known\[16\]: feather = -1 must be"),
         (Request(prompt="a", known={8: some_known(0)[16]}), "known: no stage of this request makes pictures of 8"),
         (Request(prompt="a", known={32: some_known(0)[16]}), r"known\[32\]: mask must be \(1, 32, 32\)"),
         (Request(prompt="a", options=GenerationOptions(up_to=17)), "options.up_to = 17"),

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tests.support.engines import MakeEngine, run
+from tests.support.engines import CountedNetwork, MakeEngine, run
 from tests.support.engines import unit as unit_vector
 
 from unclip.generation.engine.captions import Captions
@@ -17,9 +17,11 @@ from unclip.generation.engine.request import EngineError, Request, Ticket
 from unclip.generation.engine.route import Stages
 from unclip.generation.engine.slots import StageMemory, divide, total_bytes
 from unclip.pipelines.cascade import GenerationOptions
+from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.pipeline import Pipeline
 from unclip.utils.memory import memory_of
 
+Networks = dict[str, CountedNetwork]
 CPU = torch.device("cpu")
 MEMORY = {
     "prior": StageMemory(fixed=100, row=10, kept=4),
@@ -52,9 +54,12 @@ def test_a_picture_that_does_not_fit_is_refused_with_the_figures(pipeline: Pipel
         Engine(Stages.of(pipeline), EngineConfig(memory_bytes=2**20))
 
 
-@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler_256"])
-def test_steps_take_what_the_measure_says(make_engine: MakeEngine, pipeline: Pipeline, name: str) -> None:
-    """Full batches of as many rows as fit the measured bytes of a step, at every step of them."""
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [("prior", False), ("decoder", False), ("decoder", True), ("upsampler_256", False), ("upsampler_256", True)],
+)
+def test_steps_take_what_the_measure_says(make_engine: MakeEngine, pipeline: Pipeline, name: str, edit: bool) -> None:
+    """Full batches of as many rows as fit the measured bytes of a step, at every step of them, with known pixels or not."""
     stages = Stages.of(pipeline)
     memory = measured_memory(name, stages, Captions(stages))
     assert memory.row > memory.kept > 0
@@ -67,7 +72,8 @@ def test_steps_take_what_the_measure_says(make_engine: MakeEngine, pipeline: Pip
 
     def submit(seed: int) -> Ticket:
         given = {"prior": {}, "decoder": {"image_embed": unit_vector(seed)}, "upsampler_256": {"low_res": picture}}
-        return engine.submit(Request(prompt=f"dog {seed}", seed=seed, options=options, **given[name]))
+        known = {16 if name == "decoder" else 32: all_known(16 if name == "decoder" else 32)} if edit else {}
+        return engine.submit(Request(prompt=f"dog {seed}", seed=seed, options=options, known=known, **given[name]))
 
     engine._captions.encode(f"dog {seed}" for seed in range(rows + 1))
     tickets = [submit(seed) for seed in range(rows // (2 if name == "prior" else 1))]
@@ -84,6 +90,24 @@ def test_steps_take_what_the_measure_says(make_engine: MakeEngine, pipeline: Pip
     assert 0.4 * memory.step(rows) < peak <= memory.step(rows)
     assert left <= 1.1 * rows * memory.kept
     run(engine)
+
+
+def all_known(size: int) -> KnownPixels:
+    return KnownPixels(torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.ones(1, size, size, dtype=torch.bool))
+
+
+def test_what_libraries_take_on_their_first_call_is_no_rows(pipeline: Pipeline, networks: Networks) -> None:
+    """A workspace that comes with the first call and stays, as those of matrix products on GPUs do."""
+    stages = Stages.of(pipeline)
+    expected, workspaces = measured_memory("decoder", stages, Captions(stages)), []
+
+    def allocate(_module, _inputs) -> None:
+        if not workspaces:
+            workspaces.append(torch.zeros(2**24, dtype=torch.uint8))
+
+    networks["decoder"].register_forward_pre_hook(allocate)
+    assert measured_memory("decoder", stages, Captions(stages)) == expected
+    assert workspaces
 
 
 def test_a_smaller_budget_makes_smaller_batches_of_the_same_pictures(pipeline: Pipeline) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
+from types import FrameType
+from typing import Any
 
 import pytest
 from tests.support.engines import MakeEngine, assert_same_pictures, made, unit
@@ -23,14 +26,16 @@ def drawn(seed: int, steps: int = 2, **further) -> Request:
 
 
 class Gate:
-    """A watcher that holds the engine at its first step until it is opened."""
+    """A watcher that holds the engine at a step of its request until it is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 1) -> None:
+        self.step = step
         self.reached, self.open = threading.Event(), threading.Event()
 
     def __call__(self, update: Update) -> None:
-        self.reached.set()
-        assert self.open.wait(SOON)
+        if update.steps >= self.step:
+            self.reached.set()
+            assert self.open.wait(SOON)
 
 
 @pytest.fixture
@@ -68,6 +73,29 @@ def test_more_than_may_wait_are_refused_until_there_is_room(worker: EngineThread
         gate.open.set()
         tickets = [first, *waiting, patient.result(SOON)]
     assert all(ticket.result(SOON) for ticket in tickets)
+
+
+def test_who_waits_behind_a_later_stage_waits_too(make_engine: MakeEngine) -> None:
+    """The prior could take on more, but its captions would pile up in front of the decoder."""
+    rows = {"prior": 8, "decoder": 1, "upsampler_256": 1, "upsampler_1024": 1}
+    first, then = Gate(), Gate(step=20)
+
+    def watch(update: Update) -> None:
+        first(update)
+        then(update)
+
+    with EngineThread(make_engine(rows), max_waiting=3) as worker:
+        slow = worker.submit(drawn(0, 40, watch=watch))
+        assert first.reached.wait(SOON)
+        options = GenerationOptions(up_to=16)
+        tickets = [worker.submit(Request(prompt="two dogs", seed=seed, options=options)) for seed in range(3)]
+        first.open.set()
+        assert then.reached.wait(SOON)
+        assert all(ticket.begun.is_set() for ticket in tickets)
+        with pytest.raises(EngineFullError, match="3 requests wait already"):
+            worker.submit(drawn(1))
+        then.open.set()
+        assert all(ticket.result(SOON) for ticket in (slow, *tickets))
 
 
 def test_a_bad_request_is_refused_where_it_is_made(worker: EngineThread) -> None:
@@ -119,6 +147,28 @@ def test_a_dead_thread_fails_everybody_and_says_why(make_engine: MakeEngine) -> 
     with pytest.raises(EngineStoppedError, match="no way on"):
         worker.submit(drawn(1))
     worker.close()
+    assert worker.step_seconds == 0
+
+
+def test_a_device_that_hangs_keeps_nobody_from_closing(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclip.generation.engine.worker._LAST_STEP_SECONDS", 0.05)
+    worker, gate = EngineThread(make_engine(1)), Gate()
+    tickets = [worker.submit(drawn(0, 50, watch=gate)), worker.submit(drawn(1))]
+    assert gate.reached.wait(SOON)
+    late = worker.submit(drawn(2))
+    worker.close()
+    assert worker.step_seconds > 0.05
+    for ticket in (*tickets, late):
+        assert ticket.begun.is_set()
+        with pytest.raises(EngineStoppedError, match="the engine was closed"):
+            ticket.result(0)
+    gate.open.set()
+    worker.close()
+    while worker.step_seconds:
+        threading.Event().wait(0.001)
+    assert worker.metrics().failed == 3
 
 
 def test_callbacks_that_raise_keep_no_other_ticket_from_its_end(make_engine: MakeEngine) -> None:
@@ -151,3 +201,38 @@ def test_tickets_can_be_awaited_and_cancelled_from_an_event_loop(worker: EngineT
     asyncio.run(ask())
     assert worker.submit(drawn(2)).result(SOON)
     assert worker.metrics().cancelled == 1
+
+
+def test_who_waits_for_several_tickets_hears_of_those_that_are_cancelled(worker: EngineThread) -> None:
+    gate = Gate()
+    tickets = [worker.submit(drawn(0, 50, watch=gate)), worker.submit(drawn(1, 50))]
+    assert gate.reached.wait(SOON)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: list(as_completed(tickets, SOON)))
+        for ticket in tickets:
+            assert ticket.cancel()
+        assert ticket.cancel()  # once more
+        gate.open.set()
+        assert set(waiting.result(SOON)) == set(tickets)
+    assert not wait(tickets, 0).not_done
+
+
+def test_there_is_work_from_a_requests_coming_to_its_end(make_engine: MakeEngine) -> None:
+    """Asked between any two lines of the engine's, as another thread may; the request is never there twice either."""
+    engine, seen = make_engine(), []
+
+    def ask(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        if not frame.f_code.co_filename.endswith("generation/engine/engine.py"):
+            return None
+        seen.append((engine.has_work, engine.waiting))
+        return ask
+
+    engine.submit(drawn(0, 2))
+    before = sys.gettrace()
+    sys.settrace(ask)
+    try:
+        engine.step()
+    finally:
+        sys.settrace(before)
+    assert set(seen) == {(True, 1), (True, 0)}
+    assert sorted(seen, reverse=True) == seen

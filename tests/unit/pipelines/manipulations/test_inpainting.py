@@ -118,6 +118,27 @@ def test_the_seam_leads_from_one_side_to_the_other() -> None:
     assert KnownPixels(pixels, mask).compose(drawn)[0, 8, :, 0].tolist() == [0] * 8 + [255] * 8
 
 
+@pytest.mark.parametrize(
+    ("pixels", "mask"),
+    [
+        (torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, dtype=torch.bool)),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 8, 8)),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.bool)),
+        (torch.zeros(1, 8, 9, 3, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.bool)),
+    ],
+)
+def test_known_pixels_of_another_kind_are_refused(pixels: torch.Tensor, mask: torch.Tensor) -> None:
+    """In particular masks of numbers: a soft one would be kept nowhere, without a word."""
+    with pytest.raises(
+        ValueError, match=r"known pixels must be uint8 \(B, S, S, 3\) with a mask bool \(B, S, S\), not"
+    ):
+        KnownPixels(pixels, mask)
+    with pytest.raises(
+        ValueError, match=r"known pixels must be uint8 \(B, S, S, 3\) with a mask bool \(B, S, S\), not"
+    ):
+        known_at(pixels, mask, [4], feather=0.0)
+
+
 def test_feathers_are_shares_of_the_side() -> None:
     keep = torch.ones(1, 64, 64, dtype=torch.bool)
     known = known_at(torch.from_numpy(picture())[None], keep, SIZES, feather=1 / 16)

@@ -104,6 +104,19 @@ def test_interpolation_from_shared_noise_changes_z_i_alone(exact_pipeline: Pipel
         interpolation(exact_pipeline, drawings[:1])
 
 
+def test_only_what_is_used_is_inverted(exact_pipeline: Pipeline, drawings: np.ndarray) -> None:
+    """One call of the decoder a step: an inversion takes as many as the drawing."""
+    options, calls = OPTIONS.merged({"decoder": {"num_inference_steps": 5}}), [0]
+    hook = exact_pipeline.decoder.network.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    try:
+        interpolation(exact_pipeline, drawings, frames=2, noise="shared", options=options)
+        assert calls == [5]
+        interpolation(exact_pipeline, drawings, frames=2, noise="interpolated", options=options)
+        assert calls == [5 + 10]
+    finally:
+        hook.remove()
+
+
 def test_text_diffs_turn_z_i_by_theta_and_begin_at_the_picture(exact_pipeline: Pipeline, drawings: np.ndarray) -> None:
     path = [0.0, 0.2, 0.5]
     found = text_diff(exact_pipeline, drawings[:2], "a red heart", source="a photo", path=path, options=OPTIONS)

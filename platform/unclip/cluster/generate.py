@@ -1,0 +1,298 @@
+"""Pictures of one prompt or of millions: Ray Data hands units of prompts to makers on all the GPUs of a cluster.
+
+What counts is on storage: a unit is done when its receipt is there, and the driver goes by that alone. So makers may die,
+nodes may go, and a driver that was killed is replaced by the same command. Where nodes went that nothing has replaced, Ray
+would wait for them without end with the units that were there; then a further round begins on the nodes that are left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from unclip.cluster import preflight, session, stream
+from unclip.cluster.failures import RunFailed, describe
+from unclip.cluster.lease import Lease
+from unclip.cluster.makers import DRIVER_FILE, UNITS_AT_ONCE, Maker, Report, Sign, living_nodes, start_tally
+from unclip.cluster.preflight import Node
+from unclip.data.manifest import DataError
+from unclip.generation.bulk.config import GenerateConfig
+from unclip.generation.bulk.folder import MANIFEST
+from unclip.generation.bulk.job import BulkJob
+from unclip.generation.bulk.prompts import Unit
+from unclip.utils import storage
+from unclip.utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+STRANDED_S = 30.0
+"""Silence after which a round ends that has lost a node: nobody is left who could make what is missing."""
+ROOM_S = 1800.0
+"""Longest wait for a node that holds a maker, when all such nodes are lost."""
+_LOOK_S = 1.0
+_RATE_S = 60.0
+_MOST_LOST_STARTS = 10
+_log = logging.getLogger(__name__)
+
+
+class _Stranded(RuntimeError):
+    """Units are in the hands of processes whose nodes are gone."""
+
+
+def run_generate(config: GenerateConfig, *, dry_run: bool = False) -> dict[str, Any]:
+    """Makes what is missing and returns the manifest; a dry run checks everything and says what would be made.
+
+    Raises `ConfigError`, `BundleError`, `DataError`, `PreflightError` or `OSError` before anything is claimed, and
+    `RunFailed` where the job ended before it was finished: the same command goes on with it.
+    """
+    session.refuse_lost_paths({"bundle": config.bundle, "prompts": config.prompts, "out": config.out})
+    job = BulkJob.prepare(config)
+    if dry_run:
+        return {"prompts": job.prompts.rows, "units": len(job.prompts.units), "actors": _count_makers(job)}
+    with Lease(storage.join(job.config.out, DRIVER_FILE), f"out = {job.config.out!r}") as lease:
+        units = job.begin()
+        if not units and storage.exists(storage.join(job.config.out, MANIFEST)):
+            return dict(storage.read_json(storage.join(job.config.out, MANIFEST)))
+        try:
+            submission = _make(job, units, lease) if units else {}
+            return job.finish(submission)
+        except (DataError, OSError) as error:
+            raise RunFailed(_goes_on(str(error))) from error
+
+
+def _count_makers(job: BulkJob) -> int:
+    """What the cluster would hold, asked where there is one; a local instance is not started for it."""
+    if not session.joins_cluster():
+        return _fit(job.config, preflight.local_nodes())[1]
+    with session.session():
+        return _fit(job.config, preflight.cluster_nodes())[1]
+
+
+def _fit(config: GenerateConfig, nodes: Sequence[Node]) -> tuple[Node, int]:
+    """What a maker claims, and how many there will be."""
+    gpus = config.gpus_per_actor
+    if gpus is None:
+        wants_gpu = config.device == "auto" and any(node.gpus for node in nodes)
+        gpus = 1.0 if wants_gpu or config.device.startswith("cuda") else 0.0
+    maker = Node(config.cpus_per_actor, gpus)
+    return maker, preflight.fit_makers(config.actors, maker, nodes)
+
+
+def _make(job: BulkJob, units: Sequence[Unit], lease: Lease) -> dict[str, Any]:
+    """Rounds until nothing is missing; what this submission took."""
+    if not session.joins_cluster():  # this machine will not grow; nothing has to be started to know
+        _fit(job.config, preflight.local_nodes())
+    with session.session():
+        maker, wanted = _fit(job.config, preflight.cluster_nodes())
+        with Progress(job, units, maker) as progress:
+            rounds = _Rounds(job, lease, maker, progress)
+            while units:
+                stranded = rounds.run(units, rounds.wait_for_room(wanted))
+                left = job.begin()
+                if len(left) == len(units) and not stranded:
+                    raise RunFailed(_goes_on(f"{len(left)} units were made, and are not there"))
+                units = left
+        return progress.summary()
+
+
+class _Rounds:
+    """Each is one execution by Ray Data, of as many makers as there is room for."""
+
+    def __init__(self, job: BulkJob, lease: Lease, maker: Node, progress: Progress) -> None:
+        self._job, self._lease, self._maker, self._progress = job, lease, maker, progress
+
+    def run(self, units: Sequence[Unit], count: int) -> bool:
+        """Makes the units; whether some are left, since nodes are lost that had them. Raises `RunFailed`."""
+        tally = start_tally()
+        dataset = self._dataset(units, min(count, len(units)), tally)
+        try:
+            with _watched(_Watch(tally, self._lease, self._progress)):
+                for _ in dataset.iter_internal_ref_bundles():
+                    pass
+            self._progress.show(_report(tally))
+        except _Stranded:
+            _log.warning(f"a node is lost with what it had in hand: a new round begins on {len(living_nodes())} nodes")
+            return True
+        except RunFailed:
+            raise
+        except Exception as error:  # of Ray: our own makers raise nothing
+            raise RunFailed(_goes_on(describe(error))) from error
+        finally:
+            with suppress(Exception):  # of a cluster that is gone
+                tally.end.remote()
+        return False
+
+    def wait_for_room(self, wanted: int) -> int:
+        """How many makers the nodes hold that are left, at most those wanted; waits for a first one."""
+        deadline = time.monotonic() + ROOM_S
+        while not (room := preflight.places(self._maker, preflight.cluster_nodes())):
+            if time.monotonic() > deadline:
+                raise RunFailed(_goes_on(f"all nodes that hold a maker are lost, and in {ROOM_S:.0f} s none came"))
+            self._lease.check()
+            time.sleep(_LOOK_S)
+        return min(room, wanted)
+
+    def _dataset(self, units: Sequence[Unit], count: int, tally: Any) -> ray.data.Dataset:
+        """One row for each unit that is done."""
+        config, maker = self._job.config, self._maker
+        if config.device == "auto":
+            config = config.merged({"device": "cuda" if maker.gpus else "cpu"})
+        homes = sum(preflight.places(maker, [node]) > 0 for node in preflight.cluster_nodes())
+        context = stream.data_context()
+        context.execution_options.preserve_order = False  # a slow unit would hold up the others
+        context.execution_no_progress_timeout_s = -1  # a unit may take hours; the makers themselves say that they live
+        context.max_consecutive_actor_init_deaths = _MOST_LOST_STARTS  # nodes that go while processes start
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Watched]
+        with DataContext.current(context):
+            dataset = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units))
+            return dataset.map_batches(
+                Maker,
+                fn_constructor_args=(config, tally, max(1, round(count / max(homes, 1)))),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(
+                    size=count,
+                    max_tasks_in_flight_per_actor=UNITS_AT_ONCE,
+                    max_concurrent_calls_per_actor=UNITS_AT_ONCE,
+                    enable_true_multi_threading=True,
+                ),
+                num_cpus=maker.cpus,
+                **({"num_gpus": maker.gpus} if maker.gpus else {}),
+            )
+
+
+class _Watch:
+    """Looks after a round, from within Ray Data's own loop; what it raises ends the round."""
+
+    def __init__(self, tally: Any, lease: Lease, progress: Progress) -> None:
+        self._tally, self._lease, self._progress = tally, lease, progress
+        self._nodes = living_nodes()
+        self._looked = 0.0
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        self._lease.check()
+        report = _report(self._tally)
+        self._progress.show(report)
+        if report.silent_s > STRANDED_S and self._nodes - living_nodes():
+            raise _Stranded
+        self._looked = time.monotonic()
+
+
+def _report(tally: Any) -> Report:
+    """Raises `RunFailed` where the makers have told why the job cannot go on."""
+    report: Report = ray.get(tally.report.remote())
+    if report.failure is not None:
+        raise RunFailed(_goes_on(report.failure))
+    return report
+
+
+def _goes_on(why: str) -> str:
+    return f"{why}; what is done is kept, and the same command goes on from there"
+
+
+_WATCH: ContextVar[Callable[[], None]] = ContextVar("watch")
+
+
+@contextmanager
+def _watched(watch: Callable[[], None]) -> Iterator[None]:
+    """Executions that begin in the block are watched."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
+class _Watched(ExecutionCallback):
+    """Calls the watch in every round of Ray Data's loop, which runs in a thread of its own."""
+
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        self._watch = _WATCH.get()
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        self._watch()
+
+
+class Progress:
+    """The bar, and what a submission has taken up to now."""
+
+    def __init__(self, job: BulkJob, missing: Sequence[Unit], maker: Node) -> None:
+        self._expected = job.prompts.rows * job.config.candidates  # rows may say otherwise, which nobody has read yet
+        self._done = self._expected - sum(unit.rows for unit in missing) * job.config.candidates
+        self._bar = progress_bar(self._expected, "image", done=self._done, title="generate")
+        self._bar.bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]"
+        self._maker = maker
+        self._signs: dict[str, Sign] = {}
+        self._window: deque[tuple[float, int]] = deque()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, report: Report) -> None:
+        """What the makers have told by now."""
+        self._signs |= report.signs
+        committed = sum(sign.committed for sign in self._signs.values())
+        under_way = sum(report.signs[name].drawn - report.signs[name].committed for name in report.living)
+        rate, left = self._rate(), self._expected - self._done - committed - under_way
+        parts = [f"{rate:.3g} images/s"]
+        if rate > 0 and left > 0:
+            parts.append(f"{_duration(left / rate)} left")
+        parts += [self._hours(), f"{len(report.living)} at work"]
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.update(self._done + committed + under_way - self._bar.n)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says of this submission."""
+        seconds, drawn = time.monotonic() - self._started, self.drawn
+        hours = sum(sign.seconds for sign in self._signs.values()) / 3600
+        return {
+            "submission": {
+                "seconds": round(seconds, 1),
+                "candidates": drawn,
+                "images_per_s": round(drawn / seconds, 3),
+                "gpu_hours": round(hours * self._maker.gpus, 4),
+                "cpu_hours": round(hours * self._maker.cpus, 4),
+            }
+        }
+
+    @property
+    def drawn(self) -> int:
+        """Pictures up to now, those of units that were lost among them."""
+        return sum(sign.drawn for sign in self._signs.values())
+
+    def _rate(self) -> float:
+        """Pictures a second over the last minute."""
+        self._window.append((time.monotonic(), self.drawn))
+        while self._window[-1][0] - self._window[0][0] > _RATE_S:
+            self._window.popleft()
+        (began, first), (now, last) = self._window[0], self._window[-1]
+        return (last - first) / (now - began) if now > began else 0.0
+
+    def _hours(self) -> str:
+        hours = sum(sign.seconds for sign in self._signs.values()) / 3600
+        amount, kind = (self._maker.gpus, "GPU") if self._maker.gpus else (self._maker.cpus, "CPU")
+        return f"{hours * amount:.3g} {kind}-h"
+
+
+def _duration(seconds: float) -> str:
+    """3 h 05 min, or 4 min 10 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
