@@ -35,7 +35,7 @@ from unclip.pipelines.pipeline import Pipeline
 JOB = Path(__file__).parents[2] / "jobs" / "generate.py"
 CHANCE = random.Random(23)
 KILLS = {"maker": 14, "tally": 2, "node": 2, "driver": 3}
-UNITS, ROWS = 80, 5
+UNITS, ROWS = 110, 5
 STEPS = 40
 
 
@@ -220,4 +220,29 @@ def test_a_unit_that_kills_its_process_ends_the_job_with_its_number(
     assert done(config) >= 4
     assert not (Path(config.out) / "_units" / "00004.json").exists()
     run_generate(config)
+    assert_as_undisturbed(config, 8)
+
+
+class Hanging(makers.Maker):
+    """The first of them all has a device that hangs."""
+
+    most_step_s = 3.0
+    hung = ""
+
+    def _make(self, maker: Any, unit: Any) -> None:
+        if not Path(self.hung).exists():
+            Path(self.hung).touch()
+            maker._engine._engine.step = lambda: time.sleep(3600)
+        super()._make(maker, unit)
+
+
+def test_a_device_that_hangs_is_left_to_another_process(
+    cluster: Cluster, bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job_of(bundle, tmp_path, 8)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(Hanging, "hung", str(tmp_path / "hung"))
+    monkeypatch.setattr(generate, "Maker", Hanging)
+    run_generate(config)
+    assert (tmp_path / "hung").exists()
     assert_as_undisturbed(config, 8)

@@ -231,7 +231,7 @@ def test_the_tally_counts_deaths_and_not_lost_nodes(monkeypatch: pytest.MonkeyPa
     tally = Tally()
     assert tally.deaths(7, "a") == 0
     tally.take(7, "a", "here")
-    tally.put_down(7, Sign("a", 1.0, 3, 3, is_busy=False))
+    tally.put_down(7, Sign("a", 1.0, 3, 3, 3, is_busy=False))
     assert tally.deaths(7, "a") == 0
     for death in range(1, 4):
         tally.take(7, f"process {death}", "here")
@@ -254,15 +254,15 @@ def test_the_tally_knows_who_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(makers.time, "monotonic", lambda: now[0])
     tally = Tally()
-    assert tally.beat(Sign("a", 1.0, 3, 2, is_busy=True))
+    assert tally.beat(Sign("a", 1.0, 3, 2, 2, is_busy=True))
     now[0] = 60.0
-    assert tally.beat(Sign("b", 2.0, 5, 5, is_busy=False))
+    assert tally.beat(Sign("b", 2.0, 5, 5, 5, is_busy=False))
     report = tally.report()
     assert report.living == {"b"}
     assert report.silent_s == 60.0
     assert report.signs["a"].drawn == 3
     tally.end()
-    assert not tally.beat(Sign("b", 3.0, 5, 5, is_busy=False))
+    assert not tally.beat(Sign("b", 3.0, 5, 5, 5, is_busy=False))
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 120) -> None:

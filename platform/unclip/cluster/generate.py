@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STRANDED_S = 30.0
 """Silence after which a round ends that has lost a node: nobody is left who could make what is missing."""
 ROOM_S = 1800.0
-"""Longest wait for a node that holds a maker, when all such nodes are lost."""
+"""Longest wait for a node that holds a maker, when all such nodes are lost, and for an actor that is at work."""
 _LOOK_S = 1.0
 _RATE_S = 60.0
 _MOST_LOST_STARTS = 10
@@ -102,7 +102,7 @@ def _make(job: BulkJob, units: Sequence[Unit], lease: Lease) -> dict[str, Any]:
                 stranded = rounds.run(units, rounds.wait_for_room(wanted))
                 left = job.begin()
                 if len(left) == len(units) and not stranded:
-                    raise RunFailed(_goes_on(f"{len(left)} units were made, and are not there"))
+                    raise RunFailed(_goes_on(f"{len(left)} units were handed out, and are not there"))
                 units = left
         return progress.summary()
 
@@ -187,6 +187,8 @@ class _Watch:
         self._lease.check()
         report = _report(self._tally)
         self._progress.show(report)
+        if report.silent_s > ROOM_S:
+            raise RunFailed(_goes_on(f"for {ROOM_S:.0f} s no actor was at work: what they claim is taken"))
         if report.silent_s > STRANDED_S and self._nodes - living_nodes():
             raise _Stranded
         self._looked = time.monotonic()
@@ -250,8 +252,10 @@ class Progress:
         """What the makers have told by now."""
         self._signs |= report.signs
         committed = sum(sign.committed for sign in self._signs.values())
-        under_way = sum(report.signs[name].drawn - report.signs[name].committed for name in report.living)
-        rate, left = self._rate(), self._expected - self._done - committed - under_way
+        living = [report.signs[name] for name in report.living]
+        under_way = sum(max(0, sign.drawn - sign.committed) for sign in living)
+        self._bar.total = self._expected + committed - sum(sign.expected for sign in self._signs.values())
+        rate, left = self._rate(), self._bar.total - self._done - committed - under_way
         parts = [f"{rate:.3g} images/s"]
         if rate > 0 and left > 0:
             parts.append(f"{_duration(left / rate)} left")

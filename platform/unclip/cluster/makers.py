@@ -8,6 +8,7 @@ the one that kills is known from those that were beside it, and at its fifth the
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -38,6 +39,7 @@ MOST_DEATHS = 5
 """Deaths of processes that loaded the bundle, or that had the same unit in hand, after which the job ends."""
 DEATHS_BEFORE_ALONE = 2
 _BEAT_S = 1.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Sign:
     """Pictures."""
     committed: int
     """Pictures of units that are done."""
+    expected: int
+    """Pictures that these units were expected to be."""
     is_busy: bool
     """Whether it loads, or has a unit in hand."""
 
@@ -71,7 +75,7 @@ class Report:
 
 
 class Tally:
-    """What the makers of a job tell; an actor beside the driver. Lost and begun anew, it forgets deaths, and nothing else."""
+    """What the makers of a job tell; an actor beside the driver. Lost and begun anew, it forgets all; the receipts know more."""
 
     def __init__(self) -> None:
         self._signs: dict[str, Sign] = {}
@@ -178,13 +182,17 @@ class Maker:
         per_node: makers that share a node's cores.
     """
 
+    most_step_s = 1800.0
+    """Longest step of the engine, its compilation included; a process whose device hangs ends itself, and is replaced."""
+
     def __init__(self, config: GenerateConfig, tally: Any, per_node: int) -> None:
         self._tally = tally
         context = ray.get_runtime_context()
         self._actor, self._node = context.get_actor_id(), context.get_node_id()
         self._process, self._started = uuid.uuid4().hex, time.monotonic()
         self._places, self._lock = _Places(), threading.Lock()
-        self._drawn = self._committed = self._in_hand = 0
+        self._drawn = self._committed = self._expected = self._in_hand = 0
+        self._candidates = config.candidates
         self._is_over = False
         self._maker: PictureMaker | None = None
         ray.get(tally.join.remote(self._actor, self._node))
@@ -221,6 +229,7 @@ class Maker:
             receipt = maker.process(unit, self._count)
             with self._lock:
                 self._committed += receipt.candidates
+                self._expected += receipt.rows * self._candidates
             ray.get(self._tally.put_down.remote(unit.index, self._sign()))
 
     @contextmanager
@@ -245,6 +254,9 @@ class Maker:
 
     def _keep_beating(self) -> None:
         while not self._is_over:
+            if self._maker is not None and self._maker.step_seconds > self.most_step_s:
+                _log.error(f"node {self._node}: a step has taken {self.most_step_s:.0f} s: the device hangs")
+                os._exit(1)
             self._is_over = not ray.get(self._tally.beat.remote(self._sign()))
             time.sleep(_BEAT_S)
         if self._maker is not None:
@@ -253,7 +265,7 @@ class Maker:
     def _sign(self) -> Sign:
         seconds = time.monotonic() - self._started
         with self._lock:
-            return Sign(self._process, seconds, self._drawn, self._committed, self._in_hand > 0)
+            return Sign(self._process, seconds, self._drawn, self._committed, self._expected, self._in_hand > 0)
 
 
 def _name(unit: Unit) -> str:

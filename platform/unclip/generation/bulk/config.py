@@ -52,7 +52,7 @@ class GenerateConfig(Config):
     """How each stage samples, and the largest size that any row may have."""
     engine: EngineConfig = EngineConfig()
     """Bounds of each actor's engine; they change speed and memory, not the pictures."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda)$")
     """Where the networks run; auto takes a CUDA device where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the networks; the sampler itself always runs in fp32."""
@@ -71,6 +71,9 @@ class GenerateConfig(Config):
             raise ValueError(f"best_of = {self.best_of} is less than n = {self.n}, which are to be kept of them")
         if self.format == "folder" and self.encoding != "png":
             raise ValueError(f"encoding = {self.encoding!r}: format folder writes png; shards can hold the others")
+        gpus = self.gpus_per_actor
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"gpus_per_actor = {gpus}: a share of one GPU, or whole ones")
         if self.prompt_column in OPTION_COLUMNS:
             raise ValueError(f"prompt_column = {self.prompt_column!r}: that column means something else already")
         return self

@@ -46,7 +46,7 @@ class Feeder:
             self._is_closed = True
             self._changed.wait_for(lambda: not self._under_way)
         try:
-            return self._engine.submit(request).result()
+            return self._engine.submit(request, patience=_PATIENCE_S).result()
         finally:
             with self._changed:
                 self._is_closed = False

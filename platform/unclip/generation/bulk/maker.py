@@ -21,6 +21,7 @@ from unclip.generation.bulk.shards import PictureWriter, open_shard, picture_fil
 from unclip.generation.device import DTYPES, chosen_device
 from unclip.generation.engine.engine import Engine
 from unclip.generation.engine.metrics import EngineMetrics
+from unclip.generation.engine.request import Request
 from unclip.generation.engine.route import Stages
 from unclip.generation.engine.worker import EngineThread
 from unclip.pipelines.bundle import Bundle, BundleError
@@ -35,7 +36,7 @@ _ENCODERS = 4
 
 
 class UnitFailed(RuntimeError):
-    """No prompt of a unit could be made: the machine is broken, not the prompts."""
+    """Nothing can be made any more: the machine is broken, not the prompts."""
 
 
 class PictureMaker:
@@ -58,7 +59,9 @@ class PictureMaker:
         """
         config = self._config
         bundle, device = Bundle.load(config.bundle), chosen_device(config.device)
-        sizes = tuple(plan_cascade(bundle.configs, config.options).sizes.values())
+        cascade = plan_cascade(bundle.configs, config.options)
+        sizes = tuple(cascade.sizes.values())
+        self._probe = Request(prompt=(cascade.classes or ("a drawing",))[0], options=config.options)
         self._sizes = sizes
         self._folder = OutputFolder(config.out, {"bundle": bundle.digest}, sizes)
         if self._folder.begun_with("bundle") != bundle.digest:
@@ -82,7 +85,7 @@ class PictureMaker:
     def process(self, unit: Unit, on_picture: Callable[[], None] = lambda: None) -> Receipt:
         """Makes a unit; all of it is in `out` then, with its receipt.
 
-        Raises `UnitFailed` where no prompt could be made, `EngineStoppedError` where the engine has died, `DataError` where
+        Raises `UnitFailed` where nothing can be made any more, `EngineStoppedError` where the engine has died, `DataError` where
         the list of prompts has changed, and `OSError` where the storage fails; making it again puts everything right.
 
         Args:
@@ -93,10 +96,8 @@ class PictureMaker:
         with self._writer(unit) as writer:
             work.run(writer)
             reasons = Counter(refused.reason for refused in work.refused)
-            if reasons["failed"] and not work.counts["done"]:
-                raise UnitFailed(
-                    f"unit {unit.index}: all {reasons['failed']} prompts failed, the last with: {work.failure}"
-                ) from work.failure
+            if reasons["failed"]:
+                self._check_works(unit)
             quarantine = write_quarantine(self._config.out, unit.index, work.refused)
             stored = writer.finish()
         receipt = Receipt(
@@ -115,12 +116,24 @@ class PictureMaker:
         """Of the engine, as of its last step."""
         return self._engine.metrics()
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the engine's step under way has taken by now: a device that hangs shows here. 0 between steps."""
+        return self._engine.step_seconds
+
     def close(self) -> None:
         """Ends the threads; what is under way is given up."""
         self._engine.close()
         if self._tools.scorer is not None:
             self._tools.scorer.close()
         self._tools.encoders.shutdown()
+
+    def _check_works(self, unit: Unit) -> None:
+        """Prompts are to blame for what failed only where others can be made."""
+        try:
+            self._tools.feeder.alone(self._probe)
+        except Exception as error:
+            raise UnitFailed(f"unit {unit.index}: nothing can be made any more: {error}") from error
 
     @contextmanager
     def _writer(self, unit: Unit) -> Iterator[PictureWriter]:

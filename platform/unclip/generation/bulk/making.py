@@ -74,8 +74,6 @@ class UnitWork:
         self._tickets: set[Ticket] = set()
         self.refused: list[Refused] = []
         self.counts: Counter[str] = Counter(done=0, pictures=0, candidates=0)
-        self.failure: Exception | None = None
-        """The last one of a row that failed."""
 
     def run(self, writer: PictureWriter) -> None:
         """Makes everything and hands it to `writer`; what is under way is given up where that raises."""
@@ -143,7 +141,6 @@ class UnitWork:
     def _fail(self, row: Candidates, number: int, error: Exception) -> None:
         seed = row.asked.seeds[number]
         _log.warning("row %d, seed %d: failed twice: %s", row.asked.row, seed, error)
-        self.failure = error
         row.fail()
         detail = f"seed {seed}: {type(error).__name__}: {error}"[:1000]
         self.refused.append(Refused(row.asked.row, row.asked.prompt_id, row.asked.prompt, "failed", detail))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from unclip.data.decode import Picture
+from unclip.generation.engine.request import EngineStoppedError
 from unclip.models.clip import ClipModel
 
 _MOST_PICTURES = 32
@@ -39,18 +40,26 @@ class Scorer:
         shared = chain(clip.parameters(), clip.buffers())
         self._clip = copy.deepcopy(clip, {id(tensor): tensor for tensor in shared})
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="unclip-scorer", daemon=True)
         self._thread.start()
 
     def score(self, prompt: str, picture: Picture) -> Future[float]:
         """In [-1, 1], of a uint8 (S, S, 3) picture; the future raises what CLIP raises."""
         future: Future[float] = Future()
-        self._queue.put(_Waiting(prompt, picture, future))
+        with self._lock:
+            if self._is_closed:
+                future.set_exception(EngineStoppedError("the scorer was closed"))
+            else:
+                self._queue.put(_Waiting(prompt, picture, future))
         return future
 
     def close(self) -> None:
         """Ends the thread once everything is scored that waits."""
-        self._queue.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:

@@ -219,11 +219,7 @@ class _PictureFiles(PictureWriter):
         self._out, self._bundle, self._keeps_all = out, bundle, keeps_all
         self._sizes = tuple(sizes)
         self._files: dict[str, int] = {}
-        self._there = {
-            f"{size}/{name}": found
-            for size in self._sizes
-            for name, found in storage.sizes(storage.join(out, str(size))).items()
-        }
+        self._there: dict[str, int] = {}
 
     def missing(self, asked: Asked) -> list[int]:
         """Where only the best are kept, which those are is not known before all are made again."""
@@ -255,8 +251,10 @@ class _PictureFiles(PictureWriter):
         """True where every size is there and was made from this prompt, with this bundle and these settings."""
         expected = png_metadata(asked, number, self._bundle).items()
         for name in self._names(asked, number):
-            if name not in self._there:
+            size = storage.size(storage.join(self._out, name))
+            if size is None:
                 return False
+            self._there[name] = size
             try:
                 found = read_png_metadata(storage.join(self._out, name))
             except (FileNotFoundError, UnidentifiedImageError):
@@ -274,8 +272,8 @@ def picture_name(asked: Asked, number: int, size: int) -> str:
 def png_metadata(asked: Asked, number: int, bundle: str) -> dict[str, str]:
     """What a picture of format folder says of itself."""
     of_caller = {} if asked.prompt_id is None else {"prompt_id": asked.prompt_id}
-    origin = {"prompt": asked.prompt, "seed": str(asked.seeds[number]), "bundle": bundle, "settings": asked.parameters}
-    return origin | of_caller
+    origin = {"id": str(asked.picture_id(number)), "prompt": asked.prompt, "seed": str(asked.seeds[number])}
+    return origin | of_caller | {"bundle": bundle, "settings": asked.parameters, "fields": asked.fields}
 
 
 @contextmanager

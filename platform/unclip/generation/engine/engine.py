@@ -238,6 +238,8 @@ class Engine:
         if job not in self._jobs:
             return
         try:
+            if not bool(output.isfinite().all()):
+                raise FloatingPointError("its output is not finite")
             if not job.take(row, output, self._stages):
                 return
             following = stage_after(job.route, row.stage)

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,41 @@ def test_rows_that_fail_do_not_take_others_with_them(config: MakeConfig, maker: 
     assert sorted(pictures(settings)) == [row * 10_000 + n for row in (0, 2, 3, 5) for n in (0, 1)]
 
 
+def test_a_unit_of_one_bad_prompt_is_done(config: MakeConfig, maker: Any, tmp_path: Path) -> None:
+    """The machine draws others."""
+    (tmp_path / "p.txt").write_text("a bomb\n")
+    job = BulkJob.prepare(config(prompts=str(tmp_path / "p.txt"), format="parquet", options=ONE_STEP))
+    (unit,) = job.begin()
+    process = maker(job).process
+    with faulty_captions("bomb"):
+        assert process(unit).quarantined == {"failed": 1}
+    assert job.finish()["counts"]["quarantined"] == 1
+
+
+def test_a_machine_that_breaks_quarantines_nothing(config: MakeConfig, maker: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a heart\na dog\na star\n")
+    settings = config(
+        prompts=str(tmp_path / "p.txt"), format="parquet", options=ONE_STEP, engine={"rows": {"prior": 1}}
+    )
+    job = BulkJob.prepare(settings)
+    (unit,) = job.begin()
+    process = maker(job).process
+    with ExitStack() as broken, pytest.raises(UnitFailed):
+        process(unit, lambda: broken.enter_context(faulty_captions()))
+    assert [left.index for left in job.begin()] == [0]
+    assert process(unit).done == 3
+
+
 def test_a_unit_of_which_all_fail_is_not_the_prompts_fault(config: MakeConfig, maker: Any, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,n\na heart,1\n,\na star,1\na dog,1\n")
     settings = config(prompts=str(tmp_path / "p.csv"), format="parquet", options=ONE_STEP)
     job = BulkJob.prepare(settings)
     (unit,) = job.begin()
     process = maker(job).process
-    with faulty_captions(), pytest.raises(UnitFailed, match=r"unit 0: all 3 prompts failed, .*a broken network"):
+    with (
+        faulty_captions(),
+        pytest.raises(UnitFailed, match=r"unit 0: nothing can be made any more: .*a broken network"),
+    ):
         process(unit)
     assert not list(Path(settings.out).glob("*.parquet"))
     assert process(unit).done == 3

@@ -255,17 +255,21 @@ def test_an_error_of_a_step_ends_its_batch_and_nothing_else(make_engine: MakeEng
     assert engine.metrics().failed == 2
 
 
-def test_a_row_that_cannot_begin_ends_alone(make_engine: MakeEngine, networks: Networks) -> None:
-    """A prior's NaN is no embedding to draw; the picture that is being drawn goes on."""
+def test_what_is_not_finite_ends_its_row_alone(make_engine: MakeEngine, networks: Networks) -> None:
+    """NaN would come out as a black picture; the picture that is being drawn goes on."""
     engine = make_engine()
     running = engine.submit(drawn(12))
     hook = networks["prior"].register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
     doomed = engine.submit(Request(prompt="two dogs"))
     run(engine)
     hook.remove()
-    assert isinstance(doomed.exception(0), StageFailedError)
-    assert "image_embed must be of unit norm" in str(doomed.exception(0))
+    assert str(doomed.exception(0)) == "stage prior failed: its output is not finite"
     assert_same_pictures(running.result(0).images, made(engine, drawn(12)).images)
+    hook = networks["decoder"].register_forward_hook(lambda _module, _inputs, output: output * torch.nan)
+    black = engine.submit(drawn(3))
+    run(engine)
+    hook.remove()
+    assert str(black.exception(0)) == "stage decoder failed: its output is not finite"
 
 
 def test_what_a_watcher_raises_ends_its_request_alone(make_engine: MakeEngine) -> None:
