@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,13 @@ def ray_session(object_store: str) -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with session.session():
             yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_stays(ray_session: None) -> Iterator[None]:
+    """Ray ends an actor when nobody holds it any more; what cycles hold would keep its CPU from the tests to come."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

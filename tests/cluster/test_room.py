@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -11,6 +12,15 @@ from unclip.cluster import room, session
 from unclip.cluster.preflight import NOTHING, Demand, Node, PreflightError
 from unclip.cluster.room import free_nodes, largest_that_fits, wait_for_room
 from unclip.recipes import RECIPES
+
+
+def wait_until_free(node: Node) -> None:
+    """What has just ended takes a moment to give back what it had, and what begins to take it."""
+    deadline = time.monotonic() + 60
+    while (found := free_nodes()) != [node]:
+        gc.collect()
+        assert time.monotonic() < deadline, f"free: {found}, {ray.available_resources()}"
+        time.sleep(0.1)
 
 
 def demand(*, cpus: float = 1, gpus: float = 0, data_cpus: int = 1) -> Demand:
@@ -51,11 +61,10 @@ def test_what_others_use_is_no_room() -> None:
         def here(self) -> bool:
             return True
 
-    assert free_nodes() == [Node(cpus, 0)]
+    wait_until_free(Node(cpus, 0))
     neighbour = Neighbour.remote()
     ray.get(neighbour.here.remote())
-    while free_nodes() != [Node(2, 0)]:
-        time.sleep(0.1)
+    wait_until_free(Node(2, 0))
     (node,) = ray.nodes()
     assert free_nodes({node["NodeID"]: 2}, Node(1.5, 0)) == [Node(5, 0)]
     looks: list[float] = []
@@ -70,6 +79,7 @@ def test_what_others_use_is_no_room() -> None:
 def test_less_is_taken_when_more_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "SETTLE_S", 0.1)
     cpus = session.local_cpus()
+    wait_until_free(Node(cpus, 0))
 
     @ray.remote(num_cpus=2)
     class Neighbour:
@@ -78,8 +88,7 @@ def test_less_is_taken_when_more_does_not_come(monkeypatch: pytest.MonkeyPatch) 
 
     neighbour = Neighbour.remote()
     ray.get(neighbour.here.remote())
-    while free_nodes() != [Node(cpus - 2, 0)]:
-        time.sleep(0.1)
+    wait_until_free(Node(cpus - 2, 0))
     counts = tuple(range(cpus - 1, 0, -1))
     assert wait_for_room(counts, demand(), placement="PACK", wait_s=30, watch=lambda: None) == cpus - 3
     ray.kill(neighbour)
