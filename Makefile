@@ -6,19 +6,25 @@ PEER ?= /tmp/d2p
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test chaos bench format pins clean
+.PHONY: demo test browser chaos bench format pins clean
 
 demo: STARTED := $(shell date +%s)
 demo: $(VENV)/.installed-demo
 	@$(BIN)/python jobs/demo.py --set minutes=$(MINUTES) --set started_at=$(STARTED)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/parity --numprocesses=logical --dist=loadfile
+	$(BIN)/python -m pytest tests/distributed tests/cluster tests/e2e
+
+# The playground's tests want a Chromium; they are left out where there is none and nobody may install one.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || echo "no chromium: the playground's tests are skipped"
 
 # Whole runs on clusters of several nodes that lose nodes, disks and stores; docs/faults.md has what came of it.
 chaos: $(VENV)/.installed-dev

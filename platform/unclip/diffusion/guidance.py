@@ -90,6 +90,30 @@ class GuidedCondition(Generic[PreparedT]):
         return GuidedCondition(self.doubled.cat(other.doubled).select(torch.cat(halves)))
 
 
+@dataclass(frozen=True)
+class Contrast(Generic[SupportsGuidanceT]):
+    """B conditions, and B others that guidance leads their samples away from in place of dropping them."""
+
+    cond: SupportsGuidanceT
+    negative: SupportsGuidanceT
+
+    @property
+    def batch_size(self) -> int:
+        return self.cond.batch_size
+
+    def select(self, rows: torch.Tensor) -> Contrast[SupportsGuidanceT]:
+        """The samples `rows` (n,) int64."""
+        return Contrast(self.cond.select(rows), self.negative.select(rows))
+
+    def cat(self, other: Contrast[SupportsGuidanceT]) -> Contrast[SupportsGuidanceT]:
+        """One batch: the samples of this one, then those of `other`."""
+        return Contrast(self.cond.cat(other.cond), self.negative.cat(other.negative))
+
+    def unconditional(self) -> Contrast[SupportsGuidanceT]:
+        """Told what is led away from."""
+        return Contrast(self.negative, self.negative)
+
+
 def classifier_free(
     denoise: Denoise[PreparedT],
     guidance_scale: float | torch.Tensor,

@@ -69,3 +69,13 @@ def step_pairs(timesteps: Sequence[int], num_train_timesteps: int) -> list[tuple
     """
     timesteps = explicit_timesteps(num_train_timesteps, timesteps)
     return list(zip(timesteps, [*timesteps[1:], -1], strict=True))
+
+
+def inversion_pairs(timesteps: Sequence[int], num_train_timesteps: int) -> list[tuple[int, int]]:
+    """The (timestep, next timestep) of each step of the way up through `timesteps`, which are descending.
+
+    The first one begins at the clean sample, which no network knows: it stays at the least timestep. Raises `ValueError`
+    where `timesteps` is no list of `explicit_timesteps`.
+    """
+    ascending = explicit_timesteps(num_train_timesteps, timesteps)[::-1]
+    return list(zip([ascending[0], *ascending[:-1]], ascending, strict=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -255,8 +256,13 @@ class ClipModel(nn.Module):
 
         Raises `ValueError` where a CLIP has no such states, or its tokens are of another kind than the decoder's.
         """
-        states: list[torch.Tensor] = []
-        with self._final_norm.register_forward_hook(lambda _, __, output: states.append(output)):
+        states, thread = list[torch.Tensor](), threading.get_ident()
+
+        def keep(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            if threading.get_ident() == thread:  # servers encode in two threads at once
+                states.append(output)
+
+        with self._final_norm.register_forward_hook(keep):
             embeds = self.encode_text(tokens)
         return embeds, states[0].float()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import uuid
@@ -28,6 +29,7 @@ from torch import nn
 from unclip.config.base import Config, ConfigError
 from unclip.models.clip import ClipModel, load_clip
 from unclip.pipelines.stages import STAGE_NAMES, StageConfig, StageName, stage_config_from_dict
+from unclip.pipelines.stages.probing import probe_outputs
 from unclip.utils import storage
 from unclip.utils.hashing import sha256_file
 
@@ -72,6 +74,8 @@ class StageManifest(Config):
     """STAGE/model.safetensors."""
     provenance: dict[str, Any]
     """Where it came from: run, step, samples seen, versions, attributions of its data; for people to read."""
+    probe: dict[str, tuple[float, ...]] | None = None
+    """Some of what its network computed when it was saved, by output, see `unclip.pipelines.probe`."""
 
 
 Manifests = Mapping[StageName, StageManifest]
@@ -173,7 +177,8 @@ def save_stage(
         clip: the CLIP that the stage was trained with (or that it is, for the clip stage); None unless `in_clip_space`.
         provenance: plain JSON values that say where the weights come from.
 
-    Raises `BundleError` where the tensors do not fit the configuration, or other stages belong to another CLIP.
+    Raises `BundleError` where the tensors do not fit the configuration or compute nothing finite, or other stages belong to
+    another CLIP.
     """
     bundle_uri, name = storage.absolute(bundle_uri), stage_config.kind
     if (clip is not None) != stage_config.in_clip_space:
@@ -181,8 +186,7 @@ def save_stage(
         raise BundleError(f"stage {name!r}: clip = {clip!r}; this stage {needed}")
     check_clip(bundle_uri, name, clip)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in dict(tensors).items()}
-    with torch.device("meta"):
-        _check_tensors(storage.join(bundle_uri, name), stage_config.build(), state)
+    probe = _probed(storage.join(bundle_uri, name), stage_config, state)
     with _stage_folder(storage.join(bundle_uri, name)) as folder:
         (folder / _CONFIG).write_text(stage_config.to_json(), encoding="utf-8")
         save_file(state, folder / _WEIGHTS)
@@ -191,6 +195,7 @@ def save_stage(
             config=_describe_file(folder / _CONFIG),
             weights=_describe_file(folder / _WEIGHTS),
             provenance=dict(provenance),
+            probe=probe,
         )
         (folder / _MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
@@ -293,6 +298,23 @@ def _parse_object(path: str, content: bytes) -> dict[str, Any]:
 
 def _describe_file(path: Path) -> StoredFile:
     return StoredFile(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _probed(uri: str, config: StageConfig, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, ...]]:
+    """What the network of `config` computes with `state`, in float32; `BundleError` where that does not go."""
+    with torch.device("meta"):
+        model = config.build()
+    _check_tensors(uri, model, state)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    model.load_state_dict(state, assign=True)  # no second copy, and no random numbers for weights that are there
+    if any(buffer.is_meta for buffer in model.buffers()):  # those that no state holds, as masks
+        model = config.build()
+        model.load_state_dict(state)
+    probe = probe_outputs(config, model.eval(), torch.device("cpu"))
+    broken = [name for name, values in probe.items() if not all(map(math.isfinite, values))]
+    if broken:
+        raise BundleError(f"{uri!r}: its network's output {', '.join(broken)} is not finite")
+    return probe
 
 
 def _check_tensors(uri: str, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -13,13 +13,14 @@ from unclip.config.base import ConfigError
 from unclip.diffusion.guidance import Denoise, Guide
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.samplers import Progress
+from unclip.models.prior import PriorCondition
 from unclip.pipelines.cascade import CascadeOutput, GenerationOptions
 from unclip.pipelines.guides import combined_guide
 from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.pictures import to_signed, to_uint8
 from unclip.pipelines.stages import PriorStage, StageName
 from unclip.pipelines.stages.decoder import ConditionPart
-from unclip.pipelines.stages.draws import best_draw, draws_of
+from unclip.pipelines.stages.draws import best_draw, draws_of, of_all_draws
 from unclip.utils.random import SampleGenerator
 
 if TYPE_CHECKING:
@@ -65,11 +66,18 @@ class Draw:
         self._progress, self._watch = progress, watch
 
     @torch.no_grad()
-    def prior(self, prompts: Sequence[str], *, text_embed: torch.Tensor | None = None) -> torch.Tensor:
+    def prior(
+        self,
+        prompts: Sequence[str],
+        *,
+        text_embed: torch.Tensor | None = None,
+        negative_prompts: Sequence[str] | None = None,
+    ) -> torch.Tensor:
         """z_i (B, D) of unit norm for B captions.
 
         Args:
             text_embed: (B, D) z_t, unit norm; None: CLIP's of the captions.
+            negative_prompts: B captions that guidance leads away from; None: from no caption at all.
 
         Raises `ConfigError` where there is no prior, or no decoder that is told its z_i.
         """
@@ -81,10 +89,12 @@ class Draw:
             raise ConfigError(f"the decoder is told {told}, not an image embedding: there is none to draw")
         if text_embed is None:
             text_embed = self.pipeline.encode_text(prompts)
-        inputs = {
-            "text_embed": text_embed,
-            "tokens": self.pipeline.tokens(prompts, stage.config.model.context_length),
-        }
+        length = stage.config.model.context_length
+        inputs = {"text_embed": text_embed, "tokens": self.pipeline.tokens(prompts, length)}
+        if negative_prompts is not None:
+            self._check_count("negative_prompts", negative_prompts)
+            inputs["negative_text_embed"] = self.pipeline.encode_text(negative_prompts)
+            inputs["negative_tokens"] = self.pipeline.tokens(negative_prompts, length)
         return self._run("prior", inputs, lambda part: self._image_embed(stage, part))
 
     @torch.no_grad()  # inference_mode would leave no way to take the gradients of guides
@@ -92,6 +102,7 @@ class Draw:
         self,
         *,
         prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
         image_embed: torch.Tensor | None = None,
         x_T: torch.Tensor | None = None,
         known: KnownPixels | None = None,
@@ -100,6 +111,7 @@ class Draw:
 
         Args:
             prompts: B captions, or names of classes for a decoder of those.
+            negative_prompts: B captions that guidance leads away from; None: from no caption and no z_i.
             image_embed: (B, D) z_i, unit norm.
             x_T: (B, 3, S, S) to begin from; None: drawn from the seeds.
             known: pixels that the pictures shall have, (B, S, S).
@@ -112,14 +124,11 @@ class Draw:
         if image_embed is not None and config.model.embed_dim is None:
             raise ConfigError(f"the decoder is told {', '.join(config.model.inputs)}, not an image embedding")
         told = {} if prompts is None else pipeline.told(prompts)
+        away = self._away(negative_prompts)
         if image_embed is not None:
             told["image_embed"] = image_embed.to(pipeline.device)
         dropped = {part for part, names in _INPUTS.items() if not set(names) & told.keys()}
-        targets = {}
-        for name in guidance.gradient_scales:
-            if prompts is None and name == "noised_clip":
-                raise ConfigError("options.decoder.clip_guidance_scale: guides towards a prompt, and there is none")
-            targets[name] = pipeline.guides[name].target(prompts or [""] * self.count, guidance)
+        targets = self._targets(prompts)
 
         def sample(part: _Part) -> torch.Tensor:
             inputs = dict(part.inputs)
@@ -132,13 +141,21 @@ class Draw:
             if pixels is not None and config.model.inpainting:
                 inputs |= pixels.told
             z_i, tokens, noise = (inputs.pop(name, None) for name in ("image_embed", "tokens", "x_T"))
-            generator = part.how["generator"]
-            start = pipeline.decoder.begin(z_i, tokens, generator, further=inputs, dropped=dropped).at(noise)
+            negative = {name: inputs.pop(f"negative_{name}") for name in away}
+            start = pipeline.decoder.begin(
+                z_i,
+                tokens,
+                part.how["generator"],
+                further=inputs,
+                dropped=dropped,
+                negative=None if negative_prompts is None else negative,
+            ).at(noise)
             guide = self._guide("decoder", part, process, known=pixels, inner=inner)
             drawn = pipeline.decoder.run(start, guide=guide, **part.how)
             return to_uint8(drawn) if pixels is None else pixels.compose(to_uint8(drawn))
 
-        return self._run("decoder", told | targets | ({} if x_T is None else {"x_T": x_T.to(pipeline.device)}), sample)
+        told |= targets | {f"negative_{name}": tensor for name, tensor in away.items()}
+        return self._run("decoder", told | ({} if x_T is None else {"x_T": x_T.to(pipeline.device)}), sample)
 
     @torch.no_grad()
     def upsample(
@@ -173,6 +190,7 @@ class Draw:
         self,
         *,
         prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
         image_embed: torch.Tensor | None = None,
         x_T: torch.Tensor | None = None,
         known: Mapping[int, KnownPixels] | None = None,
@@ -180,7 +198,13 @@ class Draw:
         """Pictures of every size: `decode`, then `upsample`; `known` by size, the other arguments as there."""
         size, known = self.cascade.sizes["decoder"], dict(known or {})
         self._check_known(known, self.cascade.sizes.values())
-        pictures = self.decode(prompts=prompts, image_embed=image_embed, x_T=x_T, known=known.pop(size, None))
+        pictures = self.decode(
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            image_embed=image_embed,
+            x_T=x_T,
+            known=known.pop(size, None),
+        )
         images = {size: pictures} | self.upsample(pictures, known=known)
         return CascadeOutput(
             None if image_embed is None else image_embed.cpu(),
@@ -193,12 +217,16 @@ class Draw:
 
     def _image_embed(self, stage: Any, part: _Part) -> torch.Tensor:
         """z_i (n, D) of the captions of `part`; a prior that denoises can be watched."""
+        inputs, negative = part.inputs, None
+        if "negative_tokens" in inputs:
+            negative = PriorCondition.of_captions(inputs["negative_text_embed"], inputs["negative_tokens"])
+        z_t, tokens, generator = inputs["text_embed"], inputs["tokens"], part.how["generator"]
         if not isinstance(stage, PriorStage):
-            return cast("torch.Tensor", stage.sample(**part.inputs, **part.how))
-        z_t, generator = part.inputs["text_embed"], part.how["generator"]
-        texts, captions, streams = draws_of(z_t, part.inputs["tokens"], generator, stage.config.num_draws)
+            return cast("torch.Tensor", stage.sample(z_t, tokens, negative=negative, **part.how))
+        texts, captions, streams = draws_of(z_t, tokens, generator, stage.config.num_draws)
         guide = self._guide("prior", part, stage.process, show=lambda drawn: best_draw(stage.finish(drawn), z_t))
-        start = stage.begin(texts, captions, streams)
+        away = None if negative is None else of_all_draws(negative, stage.config.num_draws)
+        start = stage.begin(texts, captions, streams, negative=away)
         return best_draw(stage.run(start, guide=guide, **part.how | {"generator": streams}), z_t)
 
     def _upsampled(self, name: Any, low_res: torch.Tensor, known: KnownPixels | None) -> torch.Tensor:
@@ -211,6 +239,28 @@ class Draw:
             return drawn if pixels is None else pixels.compose(drawn)
 
         return self._run(name, {"low_res": low_res}, sample)
+
+    def _targets(self, prompts: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        """What the decoder is guided towards, by guide."""
+        guidance, targets = self.cascade.guidance, dict[str, torch.Tensor]()
+        for name in guidance.gradient_scales:
+            if prompts is None and name == "noised_clip":
+                raise ConfigError("options.decoder.clip_guidance_scale: guides towards a prompt, and there is none")
+            targets[name] = self.pipeline.guides[name].target(prompts or [""] * self.count, guidance)
+        return targets
+
+    def _away(self, negative_prompts: Sequence[str] | None) -> dict[str, torch.Tensor]:
+        """What the decoder is told of captions that guidance leads away from."""
+        if negative_prompts is None:
+            return {}
+        self._check_count("negative_prompts", negative_prompts)
+        if self.cascade.classes:
+            raise ConfigError("negative_prompts: the decoder knows classes, and no captions")
+        return self.pipeline.told(negative_prompts)
+
+    def _check_count(self, name: str, texts: Sequence[str]) -> None:
+        if len(texts) != self.count:
+            raise ValueError(f"{name}: one for each of {self.count} seeds is needed, not {len(texts)}")
 
     def _known(self, known: KnownPixels | None, part: _Part) -> KnownPixels | None:
         return None if known is None else known.select(part.rows, self.pipeline.device)

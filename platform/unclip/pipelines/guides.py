@@ -68,6 +68,7 @@ class DecoderGuide(ABC):
     """A network that knows what its pictures should become."""
 
     config: NoisedClipStageConfig | ClassifierStageConfig
+    network: nn.Module
 
     @abstractmethod
     def target(self, prompts: Sequence[str], options: GuideOptions) -> torch.Tensor:
@@ -82,20 +83,21 @@ class ClipGuide(DecoderGuide):
     """CLIP guidance: exp(logit scale) * f(x_t, t) . g(c) stands for log p(c | x_t) (GLIDE, section 2.4)."""
 
     config: NoisedClipStageConfig
+    network: NoisedClipModel
 
     def __init__(self, config: NoisedClipStageConfig, model: nn.Module) -> None:
         assert isinstance(model, NoisedClipModel)
         self.config = config
-        self._model = model
+        self.network = model
 
     def target(self, prompts: Sequence[str], options: GuideOptions) -> torch.Tensor:
         """g(c) (B, D) of the prompts, unit norm."""
         tokens = Tokenizer(None)(prompts, self.config.model.text.context_length)
-        return self._model.encode_text(torch.from_numpy(tokens).to(device_of(self._model)))
+        return self.network.encode_text(torch.from_numpy(tokens).to(device_of(self.network)))
 
     def log_probability(self, target: torch.Tensor) -> LogProbability[Any]:
         def scaled_cosine(x_t: torch.Tensor, timesteps: torch.Tensor, _: Any) -> torch.Tensor:
-            return self._model.logit_scale * (self._model.encode_image(x_t, timesteps) * target).sum(dim=1)
+            return self.network.logit_scale * (self.network.encode_image(x_t, timesteps) * target).sum(dim=1)
 
         return scaled_cosine
 
@@ -104,21 +106,22 @@ class ClassifierGuide(DecoderGuide):
     """Classifier guidance: log p(y | x_t, t) (Dhariwal and Nichol 2021, section 4.1)."""
 
     config: ClassifierStageConfig
+    network: ClassifierModel
 
     def __init__(self, config: ClassifierStageConfig, model: nn.Module) -> None:
         assert isinstance(model, ClassifierModel)
         self.config = config
-        self._model = model
+        self.network = model
 
     def target(self, prompts: Sequence[str], options: GuideOptions) -> torch.Tensor:
         """The position of `options.class_label` among the classes: (B,) int64."""
         assert options.class_label is not None
         label = self.config.classes.index(options.class_label)
-        return torch.full((len(prompts),), label, device=device_of(self._model))
+        return torch.full((len(prompts),), label, device=device_of(self.network))
 
     def log_probability(self, target: torch.Tensor) -> LogProbability[Any]:
         def log_softmax(x_t: torch.Tensor, timesteps: torch.Tensor, _: Any) -> torch.Tensor:
-            return -functional.cross_entropy(self._model(x_t, timesteps), target, reduction="none")
+            return -functional.cross_entropy(self.network(x_t, timesteps), target, reduction="none")
 
         return log_softmax
 

@@ -114,6 +114,7 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
+        negative_prompts: Sequence[str] | None = None,
         options: GenerationOptions = AS_STORED,
         progress: StageProgress | None = None,
         watch: Watch | None = None,
@@ -121,13 +122,16 @@ class Pipeline:
         """Pictures for `prompts`, each with its seed, of every size up to `options.up_to`.
 
         A prompt is a caption, or for a decoder of classes one of their names; `ConfigError` where it is none.
+        Classifier-free guidance leads away from `negative_prompts`, one for each prompt; None: from no caption at all.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"one seed for each prompt is needed, not {len(seeds)} seeds for {len(prompts)} prompts")
         cascade = plan_cascade(self.configs, options)  # with the prior, which prompts cannot do without
         draw = self.draw(seeds, options=options, progress=progress, watch=watch)
-        image_embed = draw.prior(prompts) if "prior" in cascade.sampling else None
-        return draw.cascade_of(prompts=prompts, image_embed=image_embed)
+        image_embed = None
+        if "prior" in cascade.sampling:
+            image_embed = draw.prior(prompts, negative_prompts=negative_prompts)
+        return draw.cascade_of(prompts=prompts, negative_prompts=negative_prompts, image_embed=image_embed)
 
     def draw(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 
 from unclip.diffusion.guidance import ConditionT, Denoise
 from unclip.diffusion.process import DiffusionProcess, per_sample
-from unclip.diffusion.respacing import explicit_timesteps
+from unclip.diffusion.respacing import inversion_pairs
 from unclip.diffusion.samplers.base import SamplerState
 
 
@@ -38,7 +37,10 @@ class DDIM:
         prev_timesteps: torch.Tensor,
         noise: torch.Tensor | None,
     ) -> SamplerState:
-        """See `Sampler.step`. With eta 0, `prev_timesteps` may be later ones too: that is a step of the inversion."""
+        """See `Sampler.step`. With eta 0, `prev_timesteps` may be later ones too: that is a step of the inversion.
+
+        Equal ones are its first step: `x_t` is a clean sample, and takes on the noise that the network sees in it.
+        """
         if noise is None and self.stochastic:
             raise ValueError(f"sampler ddim with eta = {self.eta} needs noise")
         x_t = state.x_t
@@ -49,7 +51,8 @@ class DDIM:
         alpha = torch.where(abar_s > 0, abar_t / abar_s, 0.0)  # of an inversion's step up to pure noise, 0 / 0
         variance = self.eta**2 * (1 - abar_s) / (1 - abar_t) * (1 - alpha)
         direction = (1 - abar_s - variance).clamp(min=0).sqrt()
-        x_s = per_sample(abar_s.sqrt(), x_t) * x_start + per_sample(direction, x_t) * pred_noise
+        clean = torch.where(per_sample(timesteps == prev_timesteps, x_t) > 0, x_t, x_start)
+        x_s = per_sample(abar_s.sqrt(), x_t) * clean + per_sample(direction, x_t) * pred_noise
         if noise is not None:
             x_s = x_s + per_sample(variance.sqrt(), x_t) * noise
         return SamplerState(x_t=x_s, last_x_start=x_start, last_timesteps=timesteps)
@@ -74,12 +77,9 @@ def ddim_invert(
         timesteps: the list that it is to come back through, strictly descending, as a sampler takes it.
         cond: what `denoise` takes, prepared where that saves work.
     """
-    ascending = reversed(explicit_timesteps(process.num_train_timesteps, timesteps))
-    levels = [torch.full(x_start.shape[:1], level, device=x_start.device) for level in ascending]
-    prediction, _ = process.split(denoise(x_start, levels[0], cond).to(x_start.dtype))
-    noise = process.pred_noise(process.pred_x_start(prediction, x_start, levels[0]), x_start, levels[0])
-    state = SamplerState.start(process.q_sample(x_start, levels[0], noise))
-    for level, next_level in itertools.pairwise(levels):
+    state = SamplerState.start(x_start)
+    for pair in inversion_pairs(timesteps, process.num_train_timesteps):
+        level, next_level = torch.tensor(pair, device=x_start.device).expand(len(x_start), 2).unbind(dim=1)
         model_output = denoise(state.x_t, level, cond).to(x_start.dtype)
         state = DDIM().step(process, model_output, state, level, next_level, None)
     return state.x_t

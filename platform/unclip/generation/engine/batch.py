@@ -136,10 +136,13 @@ class Batch:
         places = [place for place, row in enumerate(self.rows) if row.done == len(row.pairs)]
         if not places:
             return []
-        rows = [self.rows[place] for place in places]
-        outputs = self._stage.finish(self._members.state.x_t[places])
+        rows, ends = [self.rows[place] for place in places], self._members.state.x_t[places]
+        outputs = self._stage.finish(ends)
         self.drop(rows)
-        return [(row, outputs[index : index + 1]) for index, row in enumerate(rows)]
+        return [
+            (row, (outputs if row.pairs[-1][1] < 0 else ends)[index : index + 1])  # an inversion's ends are no pictures
+            for index, row in enumerate(rows)
+        ]
 
     def _change(self, seats: list[_Seat], members: _Members) -> None:
         """Everything that depends on who is in the batch; attributes change last, together."""
@@ -200,7 +203,7 @@ class Batch:
 class _Members:
     """The tensors of a batch's n rows: state, streams, and what the network is told, prepared once when a row joins.
 
-    cond: n conditional rows, then the unconditional ones of the rows `second`, which are guided at some of their steps.
+    cond: n conditional rows, then of the rows `second`, which are guided at some of their steps, what they are led away from.
     """
 
     state: SamplerState
@@ -215,7 +218,7 @@ class _Members:
         cond = _cat([entry.start.cond for entry in entries])
         second = [place for place, entry in enumerate(entries) if entry.sampling.guidance_scale != 1]
         if second:
-            cond = cond.cat(cond.unconditional().select(torch.tensor(second, device=x_T.device)))
+            cond = cond.cat(_cat([entries[place].start.away for place in second]))
         generator = reduce(SampleGenerator.cat, [entry.generator for entry in entries])
         return cls(SamplerState.start(x_T), generator, stage.prepare(cond), second)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 import torch
 
-from unclip.generation.engine.captions import Caption, Captions
+from unclip.generation.engine.captions import Captions, Told
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.job import Job, Row
 from unclip.generation.engine.lane import Lane
@@ -45,6 +45,8 @@ class Engine:
     def __init__(
         self, stages: Stages, config: EngineConfig | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        if not stages.by_name:
+            raise ValueError("stages: an engine needs one at least")
         config = EngineConfig() if config is None else config
         self._stages, self._clock = stages, clock
         self._captions = Captions(stages)
@@ -132,8 +134,12 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """As of now."""
         count, waiting, ends = self._count, self.waiting, self._count.ends
+        arrived = Counter[StageName]()
+        for job in list(self._arrived):
+            first = next(iter(job.route.sampling))
+            arrived[first] += job.steps_in(first, self._stages)
         return EngineMetrics(
-            stages={name: lane.metrics() for name, lane in self._lanes.items()},
+            stages={name: lane.metrics(arrived[name]) for name, lane in self._lanes.items()},
             waiting=waiting,
             running=len(self._jobs) + len(self._arrived) - waiting,
             submitted=count.submitted + len(self._arrived),
@@ -195,14 +201,14 @@ class Engine:
         if not rows:
             return
         try:
-            captions = self._captions.encode(row.job.caption for row in rows if lane.pool.reads_captions)
+            told = self._captions.told([row.job for row in rows]) if lane.pool.reads_captions else [Told()] * len(rows)
         except Exception as error:
             self._fail({row.job for row in rows}, lane.name, error)
             return
         entries = {}
-        for row in rows:
+        for row, captions in zip(rows, told, strict=True):
             try:
-                entries[row] = lane.pool.enter(row, captions.get(row.job.caption, Caption()))
+                entries[row] = lane.pool.enter(row, captions)
             except Exception as error:
                 self._fail({row.job}, lane.name, error)
         entries = {row: entry for row, entry in entries.items() if row.job in self._jobs}  # not beside a failed draw
@@ -225,9 +231,8 @@ class Engine:
             watch = row.job.request.watch
             if watch is None or row.job not in self._jobs:
                 continue
-            clean = lane.pool.clean(row) if row not in done else done[row] if lane.name in row.job.route.sizes else None
             try:
-                watch(Update(lane.name, row.job.steps, row.job.total, partial(_picture, clean)))
+                watch(Update(lane.name, row.job.steps, row.job.total, partial(_picture, lane, row, done)))
             except Exception as error:
                 row.job.ticket.fail(error)
                 self._part_with([row.job])
@@ -270,5 +275,7 @@ class _Pace:
         self._before.record(torch.cuda.current_stream(self._device))
 
 
-def _picture(clean: torch.Tensor | None) -> Picture | None:
+def _picture(lane: Lane, row: Row, done: Mapping[Row, torch.Tensor]) -> Picture | None:
+    """What a row looks like after the step that has just been taken."""
+    clean = lane.pool.clean(row) if row not in done else done[row] if row.makes_picture else None
     return None if clean is None else to_uint8(clean)[0].cpu().numpy()

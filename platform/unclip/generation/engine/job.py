@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from unclip.diffusion.respacing import step_pairs
+from unclip.diffusion.respacing import inversion_pairs, step_pairs
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.generation.engine.request import Picture, Request, Result, Ticket
-from unclip.generation.engine.route import Stages
+from unclip.generation.engine.route import AnyStage, Stages
 from unclip.pipelines.cascade import Cascade
 from unclip.pipelines.options import AnySampling
 from unclip.pipelines.pictures import to_uint8
@@ -24,7 +25,7 @@ class Row:
     """One sample in one stage: a picture, or a draw of the prior.
 
     `pairs` are the (timestep, previous timestep) of its steps, of which it has taken `done`; none where a stage takes no
-    steps that it could share.
+    steps that it could share. The rows of an inversion go upwards.
     """
 
     job: Job
@@ -39,6 +40,16 @@ class Row:
     def pair(self) -> tuple[int, int]:
         """Of its next step."""
         return self.pairs[self.done]
+
+    @property
+    def makes_picture(self) -> bool:
+        """Whether it ends as one: draws of the prior and inversions do not."""
+        return self.stage != "prior" and self.job.request.inverts is None
+
+    @property
+    def steps_left(self) -> int:
+        """That it still has to take in its stage."""
+        return max(1, len(self.pairs)) - self.done
 
     @property
     def stream(self) -> SampleGenerator:
@@ -64,6 +75,8 @@ class Job:
     """(1, D) z_t, which the best draw is nearest to."""
     draws: dict[int, torch.Tensor] = field(default_factory=dict)
     images: dict[int, Picture] = field(default_factory=dict)
+    x_T: torch.Tensor | None = None
+    """(3, S, S) what an inversion found."""
     began: float | None = None
     waiting: int = 0
     """Of its rows, those that wait for a slot."""
@@ -77,7 +90,8 @@ class Job:
         """The request of `ticket`, which has done nothing yet."""
         request = ticket.request
         embed = None if request.image_embed is None else request.image_embed[None].to(device, torch.float32)
-        low_res = None if request.low_res is None else torch.from_numpy(request.low_res)[None].to(device)
+        # A copy of arrays, which may be read-only: those that come from other processes are.
+        low_res = None if request.low_res is None else torch.tensor(request.low_res)[None].to(device)
         stream = SampleGenerator.for_samples(0, torch.tensor([request.seed]), device)
         return cls(ticket, route, stream, now, embed, low_res)
 
@@ -97,21 +111,30 @@ class Job:
 
     def rows(self, name: StageName, stages: Stages, now: float) -> list[Row]:
         """Its rows in stage `name`."""
+        self.steps, self.total = 0, self.steps_in(name, stages)
+        pairs, sampling = self._pairs(name, stages), self.route.sampling[name]
+        return [Row(self, name, draw, sampling, pairs, now) for draw in range(_draws(stages.by_name[name]))]
+
+    def steps_in(self, name: StageName, stages: Stages) -> int:
+        """That it takes in stage `name`, all its rows together."""
+        return _draws(stages.by_name[name]) * max(1, len(self._pairs(name, stages)))
+
+    def _pairs(self, name: StageName, stages: Stages) -> list[tuple[int, int]]:
+        """The steps of a row of it in stage `name`."""
         stage, sampling = stages.by_name[name], self.route.sampling[name]
-        draws = 1
-        pairs: list[tuple[int, int]] = []
-        if isinstance(stage, DiffusionStage) and isinstance(sampling, SamplingConfig):
-            total = stage.process.num_train_timesteps
-            pairs = step_pairs(sampling.timesteps(total), total)
-        if isinstance(stage, PriorStage):
-            draws = stage.config.num_draws
-        self.steps, self.total = 0, draws * max(1, len(pairs))
-        return [Row(self, name, draw, sampling, pairs, now) for draw in range(draws)]
+        if not isinstance(stage, DiffusionStage) or not isinstance(sampling, SamplingConfig):
+            return []
+        total = stage.process.num_train_timesteps
+        along = step_pairs if self.request.inverts is None else inversion_pairs
+        return along(sampling.timesteps(total), total)
 
     def take(self, row: Row, output: torch.Tensor, stages: Stages) -> bool:
         """Takes what a stage made of one of its rows (1, ...); whether the stage is done with it."""
         if row.stage == "prior":
             return self._take_draw(row, output, stages)
+        if self.request.inverts is not None:
+            self.x_T = output[0].cpu()
+            return True
         pixels = to_uint8(output)
         size = self.route.sizes[row.stage]
         known = self.request.known.get(size)
@@ -134,14 +157,26 @@ class Job:
         self.image_embed = best_draw(drawn, self.text_embed)
         return True
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain JSON values of all that changes its picture, beside what it is made of, its seed and the precision."""
+        negative = self.request.negative_prompt
+        return self.route.settings | ({} if negative is None else {"negative_prompt": negative})
+
     def result(self, now: float) -> Result:
         """Of a request that is through its last stage."""
         began = now if self.began is None else self.began
         return Result(
             image_embed=None if self.image_embed is None else self.image_embed[0].cpu(),
             images=self.images,
+            x_T=self.x_T,
             seed=self.request.seed,
-            settings=self.route.settings,
+            settings=self.settings,
             queue_seconds=began - self.submitted,
             seconds=now - self.submitted,
         )
+
+
+def _draws(stage: AnyStage) -> int:
+    """Samples of a request that a stage takes steps of."""
+    return stage.config.num_draws if isinstance(stage, PriorStage) else 1

@@ -55,7 +55,8 @@ class Lane:
         if any(row.job in jobs for row in self.waiting):
             self.waiting = deque(row for row in self.waiting if row.job not in jobs)
 
-    def metrics(self) -> StageMetrics:
+    def metrics(self, arrived_steps: int) -> StageMetrics:
+        """As of now; `arrived_steps` are those of requests that are about to wait here."""
         count, (forward_rows, padding_rows) = self.count, self.pool.work
         return StageMetrics(
             slots=self.slots,
@@ -68,4 +69,5 @@ class Lane:
             admitted=count.admitted,
             step_seconds=count.step_seconds,
             wait_seconds=count.wait_seconds,
+            queued_steps=arrived_steps + sum(row.steps_left for row in (*self.pool.rows, *self.waiting)),
         )

@@ -34,6 +34,8 @@ class StageMetrics:
     """Spent in these steps."""
     wait_seconds: float
     """That the admitted rows waited for their slot, added up."""
+    queued_steps: int
+    """Row steps that rows which wait or run, here, still have to take here."""
 
     @property
     def occupancy(self) -> float:
@@ -73,6 +75,11 @@ class EngineMetrics:
     expired: int
     queue_seconds: float
     """That requests waited for their first step, added up."""
+
+    @property
+    def queued_steps(self) -> int:
+        """Row steps that waiting and running rows still have to take in the stage that they are in."""
+        return sum(stage.queued_steps for stage in self.stages.values())
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,11 +13,12 @@ import torch
 from unclip.diffusion.guidance import Denoise
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.generation.engine.batch import Batch, Entry
-from unclip.generation.engine.captions import Caption
+from unclip.generation.engine.captions import Caption, Told
 from unclip.generation.engine.job import Row
 from unclip.generation.engine.padding import as_it_is, compiled, padded_sizes, padding_to
 from unclip.generation.engine.route import AnyStage, Stages
 from unclip.generation.engine.steering import Steering
+from unclip.models.prior import PriorCondition
 from unclip.pipelines.guides import DecoderGuide, GuideName
 from unclip.pipelines.known import KnownPixels
 from unclip.pipelines.pictures import to_signed
@@ -48,8 +50,8 @@ class Pool(ABC, Generic[EntryT]):
         return True
 
     @abstractmethod
-    def enter(self, row: Row, caption: Caption) -> EntryT:
-        """What `admit` takes of a row; raises where this row cannot begin."""
+    def enter(self, row: Row, told: Told) -> EntryT:
+        """What `admit` takes of a row that is told so; raises where it cannot begin."""
 
     @abstractmethod
     def admit(self, entries: Sequence[EntryT]) -> None:
@@ -92,13 +94,13 @@ class DiffusionPool(Pool[Entry]):
     def drop(self, rows: Collection[Row]) -> None:
         self._batch.drop(rows)
 
-    def enter(self, row: Row, caption: Caption) -> Entry:
+    def enter(self, row: Row, told: Told) -> Entry:
         assert isinstance(row.sampling, SamplingConfig)
         generator = row.stream
-        return Entry(row, row.sampling, self.begin(row, caption, generator), generator, self.steering(row, caption))
+        return Entry(row, row.sampling, self.begin(row, told, generator), generator, self.steering(row, told.caption))
 
     @abstractmethod
-    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+    def begin(self, row: Row, told: Told, generator: SampleGenerator) -> Start:
         """Where the row begins; x_T is the first draw of `generator`."""
 
     def steering(self, row: Row, caption: Caption) -> Steering:
@@ -120,11 +122,12 @@ class PriorPool(DiffusionPool):
         super().__init__(stage, batch)
         self._stage = stage
 
-    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
-        assert caption.text_embed is not None
-        row.job.text_embed = caption.text_embed
-        tokens = caption.tokens[self._stage.config.model.context_length]
-        return self._stage.begin(caption.text_embed, tokens, generator)
+    def begin(self, row: Row, told: Told, generator: SampleGenerator) -> Start:
+        assert told.caption.text_embed is not None
+        row.job.text_embed = told.caption.text_embed
+        length = self._stage.config.model.context_length
+        tokens = told.caption.tokens[length]
+        return self._stage.begin(row.job.text_embed, tokens, generator, negative=_negative(told, length))
 
     def clean(self, row: Row) -> torch.Tensor | None:
         return None
@@ -137,22 +140,43 @@ class DecoderPool(DiffusionPool):
         super().__init__(stage, batch)
         self._stage, self._guides = stage, guides
 
-    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
-        model, request = self._stage.config.model, row.job.request
-        told, known = dict[str, torch.Tensor](), _known(row)
-        if model.inpainting and known is not None:
-            told |= known.told
-        if model.num_classes is not None and request.prompt is not None:
-            label = self._stage.config.classes.index(request.prompt)
-            told["label"] = torch.tensor([label], device=generator.keys.device)
-        if caption.text_states is not None and request.prompt is not None:
-            told["text_states"] = caption.text_states
-        length, unseen = model.context_length, set[ConditionPart]()
+    def begin(self, row: Row, told: Told, generator: SampleGenerator) -> Start:
+        request, known = row.job.request, _known(row)
+        further, unseen = dict[str, torch.Tensor](), set[ConditionPart]()
+        if self._stage.config.model.inpainting and known is not None:
+            further |= known.told
+        if row.job.image_embed is None:
+            unseen.add("image")
         if request.prompt is None:
-            length, unseen = None, {"text", "label"}
-        tokens = None if length is None else caption.tokens[length]
-        start = self._stage.begin(row.job.image_embed, tokens, generator, further=told, dropped=unseen)
+            unseen |= {"text", "label"}
+        else:
+            further |= self._texts(told.caption) | self._label(request.prompt, generator.keys.device)
+        start = self._stage.begin(
+            row.job.image_embed,
+            further.pop("tokens", None),
+            generator,
+            further=further,
+            dropped=unseen,
+            negative=None if told.negative is None else self._texts(told.negative),
+        )
+        if request.inverts is not None:
+            return start.at(to_signed(torch.tensor(request.inverts)[None]))
         return start.at(None if request.x_T is None else request.x_T[None])
+
+    def _texts(self, caption: Caption) -> dict[str, torch.Tensor]:
+        """Tokens and text states, as far as the decoder is told them."""
+        length, found = self._stage.config.model.context_length, dict[str, torch.Tensor]()
+        if length is not None:
+            found["tokens"] = caption.tokens[length]
+        if caption.text_states is not None:
+            found["text_states"] = caption.text_states
+        return found
+
+    def _label(self, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The class that a prompt names, for a decoder of classes."""
+        if self._stage.config.model.num_classes is None:
+            return {}
+        return {"label": torch.tensor([self._stage.config.classes.index(prompt)], device=device)}
 
     def steering(self, row: Row, caption: Caption) -> Steering:
         options, targets = row.job.route.guidance, dict[GuideName, tuple[float, torch.Tensor]]()
@@ -175,19 +199,24 @@ class UpsamplerPool(DiffusionPool):
     def reads_captions(self) -> bool:
         return False
 
-    def begin(self, row: Row, caption: Caption, generator: SampleGenerator) -> Start:
+    def begin(self, row: Row, told: Told, generator: SampleGenerator) -> Start:
         assert row.job.low_res is not None
         return self._stage.begin(to_signed(row.job.low_res), generator)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A caption for an autoregressive prior: (1, D) z_t, (1, L) tokens, and the stream of its draws."""
+    """A caption for an autoregressive prior: (1, D) z_t, (1, L) tokens, the stream of its draws, and what they lead away from."""
 
     row: Row
     text_embed: torch.Tensor
     tokens: torch.Tensor
     generator: SampleGenerator
+    negative: PriorCondition | None
+
+    def is_like(self, other: Asked) -> bool:
+        """Whether both may share a call."""
+        return self.row.sampling == other.row.sampling and (self.negative is None) == (other.negative is None)
 
 
 class ARPriorPool(Pool[Asked]):
@@ -208,9 +237,10 @@ class ARPriorPool(Pool[Asked]):
     def stepping(self) -> list[Row]:
         return [asked.row for asked in self._together()]
 
-    def enter(self, row: Row, caption: Caption) -> Asked:
+    def enter(self, row: Row, told: Told) -> Asked:
+        length, caption = self._stage.config.model.context_length, told.caption
         assert caption.text_embed is not None
-        return Asked(row, caption.text_embed, caption.tokens[self._stage.config.model.context_length], row.stream)
+        return Asked(row, caption.text_embed, caption.tokens[length], row.stream, _negative(told, length))
 
     def admit(self, entries: Sequence[Asked]) -> None:
         self._asked.extend(entries)
@@ -222,17 +252,19 @@ class ARPriorPool(Pool[Asked]):
         together = self._together()
         sampling = together[0].row.sampling
         assert isinstance(sampling, ARSamplingConfig)
+        negative = [asked.negative for asked in together if asked.negative is not None]
         embeds = self._stage.sample(
             torch.cat([asked.text_embed for asked in together]),
             torch.cat([asked.tokens for asked in together]),
             SampleGenerator(torch.cat([asked.generator.keys for asked in together])),
             sampling=sampling,
+            negative=reduce(PriorCondition.cat, negative) if negative else None,
         )
         self.drop([asked.row for asked in together])
         return [(asked.row, embeds[index : index + 1]) for index, asked in enumerate(together)]
 
     def _together(self) -> list[Asked]:
-        return [asked for asked in self._asked if asked.row.sampling == self._asked[0].row.sampling]
+        return [asked for asked in self._asked if asked.is_like(self._asked[0])]
 
 
 def build_pool(stage: AnyStage, stages: Stages, *, compile_for: int | None = None) -> Pool[Any]:
@@ -249,6 +281,14 @@ def build_pool(stage: AnyStage, stages: Stages, *, compile_for: int | None = Non
     if isinstance(stage, DecoderStage):
         return DecoderPool(stage, batch, guides)
     return PriorPool(stage, batch) if isinstance(stage, PriorStage) else UpsamplerPool(stage, batch)
+
+
+def _negative(told: Told, context_length: int) -> PriorCondition | None:
+    """What guidance of a prior leads away from; None for no caption at all."""
+    if told.negative is None:
+        return None
+    assert told.negative.text_embed is not None
+    return PriorCondition.of_captions(told.negative.text_embed, told.negative.tokens[context_length])
 
 
 def _known(row: Row) -> KnownPixels | None:

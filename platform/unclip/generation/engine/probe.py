@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -11,7 +13,7 @@ from unclip.generation.engine.captions import Captions
 from unclip.generation.engine.config import EngineConfig
 from unclip.generation.engine.job import Job, Row
 from unclip.generation.engine.pools import build_pool
-from unclip.generation.engine.request import Request, Ticket
+from unclip.generation.engine.request import EncodedCaption, Request, Ticket
 from unclip.generation.engine.route import AnyStage, Stages, part_of_a_cascade
 from unclip.generation.engine.slots import StageMemory, divide
 from unclip.pipelines.guides import ClassifierGuide, ClipGuide, GuideOptions
@@ -47,10 +49,10 @@ def _step_memory(name: StageName, stages: Stages, captions: Captions, count: int
     stage = stages.by_name[name]
     pool = build_pool(stage, stages)
     rows = [_dearest(name, stage, stages, number) for number in range(count)]
-    encoded = captions.encode(row.job.caption for row in rows)
+    told = captions.told([row.job for row in rows])
 
     def step() -> None:
-        pool.admit([pool.enter(row, encoded[row.job.caption]) for row in rows])
+        pool.admit([pool.enter(row, captions) for row, captions in zip(rows, told, strict=True)])
         pool.step()
 
     return memory_of(step, stages.device)
@@ -77,17 +79,27 @@ def _sampling(stage: AnyStage) -> AnySampling:
 
 
 def _request(stage: AnyStage, number: int) -> Request:
-    """Each `number` has a caption of its own, where captions are: of equal ones some is computed once."""
+    """Each `number` has captions of its own, where captions are: of equal ones some is computed once."""
     if isinstance(stage, UpsamplerStage):
         side = stage.config.low_res_size
         return Request(low_res=np.zeros((side, side, 3), dtype=np.uint8), known=_all_known(stage.config.image_size))
-    caption = f"drawing {number}"
+    embed = functional.normalize(torch.ones(stage.config.model.embed_dim or 1), dim=0)
     if not isinstance(stage, DecoderStage):
-        return Request(prompt=caption)
-    width, classes = stage.config.model.embed_dim, stage.config.classes
-    embed = None if width is None else functional.normalize(torch.ones(width), dim=0)
-    known = _all_known(stage.config.image_size)
-    return Request(prompt=classes[0] if classes else caption, image_embed=embed, known=known)
+        return _captioned(Request(), number, EncodedCaption(embed))
+    model = stage.config.model
+    image_embed = None if model.embed_dim is None else embed
+    request = Request(image_embed=image_embed, known=_all_known(stage.config.image_size))
+    if stage.config.classes:
+        return replace(request, prompt=stage.config.classes[0])
+    states = model.text_states
+    told = None if states is None else torch.zeros(states.context_length, states.state_dim)
+    return _captioned(request, number, EncodedCaption(embed, told))
+
+
+def _captioned(request: Request, number: int, encoded: EncodedCaption) -> Request:
+    """With a prompt and a negative one, which need no CLIP."""
+    prompt, negative = f"drawing {number}", f"painting {number}"
+    return replace(request, prompt=prompt, encoded=encoded, negative_prompt=negative, negative_encoded=encoded)
 
 
 def _all_known(size: int) -> dict[int, KnownPixels]:

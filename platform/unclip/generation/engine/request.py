@@ -49,18 +49,44 @@ class Update:
     steps: int
     total: int
     picture: Callable[[], Picture | None]
-    """What the picture looks like now, uint8 (S, S, 3); None in the prior. It is computed when it is called."""
+    """What the picture looks like now, uint8 (S, S, 3); None in the prior. It is computed when it is called, which is for `watch`
+    alone: the next step changes it."""
+
+
+@dataclass(frozen=True)
+class EncodedCaption:
+    """What CLIP makes of a caption: (D,) z_t of unit norm, and (L, S) states of its tokens where a stage is told them."""
+
+    text_embed: torch.Tensor
+    text_states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     """One picture.
 
-    It begins at the prior; with `image_embed` at the decoder; with `low_res` at the upsampler that takes its size.
+    It begins at the prior; with `image_embed` at the decoder; with `low_res` at the upsampler that takes its size; with
+    `inverts` it goes the decoder's way backwards.
     """
 
     prompt: str | None = None
     """The caption, or the class for a decoder of classes; None where z_i alone shall say what to draw."""
+
+    negative_prompt: str | None = None
+    """What classifier-free guidance leads away from, in prior and decoder, in place of no caption at all."""
+
+    encoded: EncodedCaption | None = None
+    """Of `prompt`; None: the engine's own CLIP makes it."""
+
+    negative_encoded: EncodedCaption | None = None
+    """Of `negative_prompt`; None: the engine's own CLIP makes it."""
+
+    stages: tuple[StageName, ...] | None = None
+    """Those of the picture's way that shall be gone here, in their order; None for all. A decoder that comes first and is
+    given no `image_embed` sees none."""
+
+    inverts: Picture | None = None
+    """uint8 (S, S, 3) of the decoder's size, with `image_embed`: what is wanted is the noise that leads back to it."""
 
     seed: int = 0
     """All randomness of the picture; it fits into 64 signed bits."""
@@ -96,6 +122,9 @@ class Result:
 
     images: Mapping[int, Picture]
     """uint8 (S, S, 3) for each side S that was made."""
+
+    x_T: torch.Tensor | None
+    """(3, S, S) the noise of an inversion; None where none was asked for."""
 
     seed: int
     settings: Mapping[str, Any]

@@ -14,7 +14,7 @@ from unclip.diffusion.samplers import Progress
 from unclip.models.ar_prior import ARPriorConfig, ARPriorModel
 from unclip.models.prior import PriorCondition
 from unclip.pipelines.stages.checks import check_unit_norm
-from unclip.pipelines.stages.draws import best_draw, draws_of
+from unclip.pipelines.stages.draws import best_draw, draws_of, of_all_draws
 from unclip.utils.random import SampleGenerator
 
 
@@ -68,7 +68,7 @@ class ARPriorStage:
 
     def __init__(self, config: ARPriorStageConfig, model: ARPriorModel) -> None:
         self.config = config
-        self._model = model
+        self.network = model
 
     def sample(
         self,
@@ -77,6 +77,7 @@ class ARPriorStage:
         generator: SampleGenerator,
         *,
         sampling: ARSamplingConfig,
+        negative: PriorCondition | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """z_i (B, D) of unit norm: the best of `config.num_draws` for each caption.
@@ -85,15 +86,19 @@ class ARPriorStage:
             text_embed: (B, D) z_t, unit norm.
             tokens: (B, L) int64 in the context length of this stage.
             generator: a stream for each of the B captions.
+            negative: B captions that guidance leads away from; None: from no caption at all.
             progress: called with (codes drawn, codes in all), the dot product being one of them.
 
         Raises `ValueError` where a text embedding is not of unit norm.
         """
         check_unit_norm("text_embed", text_embed)
+        if negative is not None:
+            check_unit_norm("negative.text_embed", negative.text_embed)
         z_t, captions, streams = draws_of(text_embed, tokens, generator, self.config.num_draws)
         cond = PriorCondition.of_captions(z_t, captions)
-        codes = draw_codes(self._model, cond, streams, sampling, progress=progress)
-        return best_draw(functional.normalize(self._model.codec.decode(codes), dim=1), text_embed)
+        away = None if negative is None else of_all_draws(negative, self.config.num_draws)
+        codes = draw_codes(self.network, cond, streams, sampling, negative=away, progress=progress)
+        return best_draw(functional.normalize(self.network.codec.decode(codes), dim=1), text_embed)
 
 
 def draw_codes(
@@ -102,27 +107,32 @@ def draw_codes(
     generator: SampleGenerator,
     sampling: ARSamplingConfig,
     *,
+    negative: PriorCondition | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """(B, K) codes drawn under `cond`, each row from its own stream of `generator`."""
+    """(B, K) codes drawn under `cond`, each row from its own stream of `generator`, led away from `negative` or no text."""
     is_guided = sampling.guidance_scale != 1
     steps = model.config.num_components + 1
 
     def choose(index: int, logits: torch.Tensor) -> torch.Tensor:
-        uniform = generator.uniform()
-        conditional = logits[-cond.batch_size :]
-        if index == 0:  # without text there is no dot product to predict, and so nothing to guide with
-            codes = draw_code(conditional, sampling.dot_percentile + (1 - sampling.dot_percentile) * uniform)
+        uniform, halves = generator.uniform(), len(logits) // cond.batch_size
+        if (
+            index == 0
+        ):  # each half is told the dot product with its own text; without one there is none, and none is read
+            quantiles = sampling.dot_percentile + (1 - sampling.dot_percentile) * uniform
+            codes = draw_code(logits, quantiles.repeat(halves))
         else:
+            conditional = logits[-cond.batch_size :]
             if is_guided:
-                unconditional = logits[: cond.batch_size]
-                conditional = unconditional + sampling.guidance_scale * (conditional - unconditional)
-            codes = draw_code(conditional / sampling.temperature, uniform)
+                away = logits[: cond.batch_size]
+                conditional = away + sampling.guidance_scale * (conditional - away)
+            codes = draw_code(conditional / sampling.temperature, uniform).repeat(halves)
         if progress is not None:
             progress(index + 1, steps)
-        return codes.repeat(len(logits) // len(codes))
+        return codes
 
-    codes = model.generate(cond.unconditional().cat(cond) if is_guided else cond, choose)
+    away = cond.unconditional() if negative is None else negative
+    codes = model.generate(away.cat(cond) if is_guided else cond, choose)
     return codes[-cond.batch_size :]
 
 

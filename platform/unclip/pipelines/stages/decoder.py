@@ -143,8 +143,13 @@ class DecoderStage(DiffusionStage):
         *,
         further: Mapping[str, torch.Tensor] = MappingProxyType({}),
         dropped: Collection[ConditionPart] = (),
+        negative: Mapping[str, torch.Tensor] | None = None,
     ) -> Start:
-        """Arguments as for `sample`; of the parts in `dropped` the network sees nothing, and they need no input."""
+        """Arguments as for `sample`; of the parts in `dropped` the network sees nothing, and they need no input.
+
+        `negative` are the inputs of captions, `tokens` and `text_states`, that guidance leads away from; z_i is dropped there,
+        as training drops it beside captions (§2.1).
+        """
         inputs = self._placeholders(dropped, generator.keys) | dict(further)
         if image_embed is not None:
             check_unit_norm("image_embed", image_embed)
@@ -158,7 +163,11 @@ class DecoderStage(DiffusionStage):
             check_signed("known", inputs["known"])
         self._check_labels(inputs)
         unseen = torch.ones_like(generator.keys, dtype=torch.bool)
-        return Start(x_T, decoder_condition(self.config.model, inputs, dict.fromkeys(dropped, unseen)))
+        cond = decoder_condition(self.config.model, inputs, dict.fromkeys(dropped, unseen))
+        if negative is None:
+            return Start(x_T, cond)
+        others = {"image": unseen, "label": unseen}
+        return Start(x_T, cond, decoder_condition(self.config.model, {**inputs, **negative}, others))
 
     def finish(self, x_start: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) in [-1, 1]."""

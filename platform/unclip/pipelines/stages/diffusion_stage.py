@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from unclip.diffusion.guidance import Guide
+from unclip.diffusion.guidance import Contrast, Guide
 from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import Progress, SamplingConfig
 from unclip.models.condition import Condition
@@ -34,10 +34,19 @@ class DiffusionStageConfig(Protocol):
 
 @dataclass(frozen=True)
 class Start:
-    """Where B samples begin: x_T (B, ...), standard normal float32, and what the network is told (B rows)."""
+    """Where B samples begin: x_T (B, ...), standard normal float32, and what the network is told (B rows).
+
+    negative: what guidance leads away from (B rows); None: from what the network does without being told.
+    """
 
     x_T: torch.Tensor
     cond: Condition
+    negative: Condition | None = None
+
+    @property
+    def away(self) -> Condition:
+        """What guidance leads away from (B rows)."""
+        return self.cond.unconditional() if self.negative is None else self.negative
 
     def at(self, x_T: torch.Tensor | None) -> Start:
         """The same from another x_T, as an inversion gives one; None: from this one."""
@@ -83,13 +92,18 @@ class DiffusionStage(ABC):
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """From `start` to what `finish` makes of it; `generator` is the one that `begin` had."""
+        cond: Any = start.cond
+        prepare = self.prepare
+        if start.negative is not None:
+            cond = Contrast(start.cond, start.negative)
+            prepare = lambda both: self.prepare(both.cond)  # noqa: E731
         x_start = sampling.sample(
             self.network,
             start.x_T,
             self.process,
             generator,
-            start.cond,
-            prepare=self.prepare,
+            cond,
+            prepare=prepare,
             guide=guide,
             progress=progress,
         )

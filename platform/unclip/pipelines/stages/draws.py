@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from unclip.models.prior import PriorCondition
 from unclip.utils.random import SampleGenerator
 
 
@@ -17,6 +18,11 @@ def draws_of(
     """
     streams = SampleGenerator(torch.cat([generator.child(f"draw {index}").keys for index in range(num_draws)]))
     return text_embed.repeat(num_draws, 1), tokens.repeat(num_draws, 1), streams
+
+
+def of_all_draws(cond: PriorCondition, num_draws: int) -> PriorCondition:
+    """What each of `num_draws` draws is told, in the order of `draws_of`."""
+    return cond.map(lambda tensor: tensor.repeat(num_draws, *[1] * (tensor.ndim - 1)))
 
 
 def best_draw(image_embed: torch.Tensor, text_embed: torch.Tensor) -> torch.Tensor:

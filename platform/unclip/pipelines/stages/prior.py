@@ -16,7 +16,7 @@ from unclip.models.normalizer import EmbeddingNormalizerConfig
 from unclip.models.prior import PriorCondition, PriorConfig, PriorModel
 from unclip.pipelines.stages.checks import check_normalizer, check_unit_norm, device_of
 from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
-from unclip.pipelines.stages.draws import best_draw, draws_of
+from unclip.pipelines.stages.draws import best_draw, draws_of, of_all_draws
 from unclip.utils.random import SampleGenerator
 
 
@@ -71,11 +71,20 @@ class PriorStage(DiffusionStage):
         self.config = config
         self._normalizer = config.normalizer.build().to(device_of(model))
 
-    def begin(self, text_embed: torch.Tensor, tokens: torch.Tensor, generator: SampleGenerator) -> Start:
+    def begin(
+        self,
+        text_embed: torch.Tensor,
+        tokens: torch.Tensor,
+        generator: SampleGenerator,
+        *,
+        negative: PriorCondition | None = None,
+    ) -> Start:
         """One draw for each of B captions; arguments as for `sample`."""
         check_unit_norm("text_embed", text_embed)
+        if negative is not None:
+            check_unit_norm("negative.text_embed", negative.text_embed)
         x_T = generator.normal((self.config.model.embed_dim,))
-        return Start(x_T, PriorCondition.of_captions(text_embed, tokens))
+        return Start(x_T, PriorCondition.of_captions(text_embed, tokens), negative)
 
     def finish(self, x_start: torch.Tensor) -> torch.Tensor:
         """z_i (B, D) of unit norm: CLIP's embeddings lie on the unit sphere, and so the draws are put back on it."""
@@ -88,6 +97,7 @@ class PriorStage(DiffusionStage):
         generator: SampleGenerator,
         *,
         sampling: SamplingConfig,
+        negative: PriorCondition | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """z_i (B, D) of unit norm: the best of `config.num_draws` for each caption.
@@ -96,9 +106,12 @@ class PriorStage(DiffusionStage):
             text_embed: (B, D) z_t, unit norm.
             tokens: (B, L) int64 in the context length of this stage.
             generator: a stream for each of the B captions; every draw has one of its own.
+            negative: B captions that guidance leads away from; None: from no caption at all.
 
         Raises `ValueError` where a text embedding is not of unit norm.
         """
         z_t, captions, streams = draws_of(text_embed, tokens, generator, self.config.num_draws)
-        draws = self.run(self.begin(z_t, captions, streams), streams, sampling=sampling, progress=progress)
+        away = None if negative is None else of_all_draws(negative, self.config.num_draws)
+        start = self.begin(z_t, captions, streams, negative=away)
+        draws = self.run(start, streams, sampling=sampling, progress=progress)
         return best_draw(draws, text_embed)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 from tests.support.engines import randomized, run, unit
 from torch import nn
 
@@ -54,20 +55,23 @@ def clip(pipeline: Pipeline) -> ClipModel:
 
 def test_the_captions_that_were_asked_for_last_are_kept(pipeline: Pipeline, clip: ClipModel, count: Count) -> None:
     captions, calls = Captions(Stages.of(pipeline)), count(clip._final_norm)
-    first = captions.encode(["the first"])["the first"]
-    captions.encode(f"caption {number}" for number in range(255))
-    assert captions.encode(["the first", "the first", "caption 254"])["the first"] is first
+    (first,) = captions.encode([("the first", None)])
+    captions.encode((f"caption {number}", None) for number in range(255))
+    assert captions.encode([("the first", None), ("caption 254", None), ("the first", None)])[2] is first
     assert calls == [1, 255]
-    captions.encode(["one more"])
-    captions.encode(["the first", *(f"caption {number}" for number in range(1, 255))])
+    captions.encode([("one more", None)])
+    captions.encode([("the first", None), *((f"caption {number}", None) for number in range(1, 255))])
     assert calls == [1, 255, 1]
-    captions.encode(["caption 0"])
+    captions.encode([("caption 0", None)])
     assert calls == [1, 255, 1, 1]
 
 
 def test_more_captions_at_once_than_are_kept_are_all_answered(pipeline: Pipeline) -> None:
-    prompts = [f"caption {number}" for number in range(300)]
-    assert list(Captions(Stages.of(pipeline)).encode(prompts)) == prompts
+    texts = [(f"caption {number}", None) for number in range(300)]
+    together = Captions(Stages.of(pipeline)).encode(texts)
+    alone = [Captions(Stages.of(pipeline)).encode([text])[0] for text in (texts[0], texts[299])]
+    for caption, expected in zip((together[0], together[299]), alone, strict=True):
+        torch.testing.assert_close(caption.text_embed, expected.text_embed)
 
 
 def test_upsamplers_encode_nothing(pipeline: Pipeline, clip: ClipModel, count: Count) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from tests.support.engines import CountedNetwork, MakeEngine, unit
 
@@ -94,3 +95,33 @@ def test_counts_add_up_in_every_history(make_engine: MakeEngine, networks: Netwo
         for network in networks.values():
             network._forward_pre_hooks.clear()
     assert seen.keys() == {"finished", "failed", "cancelled", "expired"}
+
+
+def test_queued_steps_are_those_that_rows_still_have_to_take(make_engine: MakeEngine) -> None:
+    """Of those that run, wait for a slot, or have just been submitted; a row's, where it is."""
+    engine = make_engine({"prior": 3, "decoder": 1, "upsampler_256": 1, "upsampler_1024": 1})
+    options = GenerationOptions().merged({"up_to": 16, "decoder": {"num_inference_steps": 4}})
+
+    def queued() -> tuple[int, int, int]:
+        metrics = engine.metrics()
+        return metrics.queued_steps, metrics.stages["prior"].queued_steps, metrics.stages["decoder"].queued_steps
+
+    assert queued() == (0, 0, 0)
+    for seed in range(2):
+        engine.submit(Request(prompt="two dogs", seed=seed, options=options))  # two draws of three steps
+    assert queued() == (12, 12, 0)
+    seen = []
+    while engine.has_work:
+        engine.step()
+        seen.append(queued())
+    assert seen[:3] == [(9, 9, 0), (6, 6, 0), (7, 3, 4)]  # three slots for four draws; then the first is through
+    assert seen[-5:] == [(4, 0, 4), (3, 0, 3), (2, 0, 2), (1, 0, 1), (0, 0, 0)]
+
+
+def test_an_inversion_counts_its_steps_upwards(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    options = GenerationOptions().merged({"decoder": {"num_inference_steps": 7}})
+    engine.submit(Request(image_embed=unit(0), inverts=np.zeros((16, 16, 3), np.uint8), options=options))
+    assert engine.metrics().queued_steps == 7
+    engine.step()
+    assert engine.metrics().queued_steps == 6

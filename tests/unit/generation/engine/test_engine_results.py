@@ -257,7 +257,7 @@ def test_of_an_autoregressive_prior_only_the_captions_of_a_call_go_on(autoregres
 def test_an_error_of_an_autoregressive_prior_ends_the_captions_of_that_call(autoregressive: Pipeline) -> None:
     engine = Engine(Stages.of(autoregressive), EngineConfig(memory_bytes=2**33))
     assert autoregressive.prior is not None
-    generate, model = autoregressive.prior._model.generate, autoregressive.prior._model
+    generate, model = autoregressive.prior.network.generate, autoregressive.prior.network
 
     def breaks_once(*_arguments, **_further) -> torch.Tensor:
         model.generate = generate

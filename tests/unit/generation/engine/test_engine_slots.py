@@ -73,9 +73,10 @@ def test_steps_take_what_the_measure_says(make_engine: MakeEngine, pipeline: Pip
     def submit(seed: int) -> Ticket:
         given = {"prior": {}, "decoder": {"image_embed": unit_vector(seed)}, "upsampler_256": {"low_res": picture}}
         known = {16 if name == "decoder" else 32: all_known(16 if name == "decoder" else 32)} if edit else {}
-        return engine.submit(Request(prompt=f"dog {seed}", seed=seed, options=options, known=known, **given[name]))
+        texts = {"prompt": f"dog {seed}", "negative_prompt": f"cat {seed}"}
+        return engine.submit(Request(**texts, seed=seed, options=options, known=known, **given[name]))
 
-    engine._captions.encode(f"dog {seed}" for seed in range(rows + 1))
+    engine._captions.encode((f"{animal} {seed}", None) for seed in range(rows + 1) for animal in ("dog", "cat"))
     tickets = [submit(seed) for seed in range(rows // (2 if name == "prior" else 1))]
 
     def come_and_go() -> None:

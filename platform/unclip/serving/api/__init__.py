@@ -1,0 +1,1 @@
+"""Routes, forms and pages: the HTTP side of the images API."""

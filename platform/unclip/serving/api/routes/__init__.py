@@ -1,0 +1,1 @@
+"""The routes of the API: what is read and answered; `Service` does the work."""

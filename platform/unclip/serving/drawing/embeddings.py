@@ -1,0 +1,70 @@
+"""Texts and pictures in CLIP's space, as clients are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Sequence
+
+import torch
+
+from unclip.data.decode import Picture
+from unclip.serving.drawing.service import Caller, Service
+from unclip.serving.drawing.studio import Studio
+from unclip.serving.errors import InvalidRequest
+from unclip.serving.guards.uploads import square
+from unclip.serving.messages.answers import Embedding, EmbeddingsAnswer
+from unclip.serving.messages.schemas import MAX_INPUTS, PROMPT_CHARACTERS, EmbeddingBody
+
+
+async def embed(service: Service, body: EmbeddingBody, caller: Caller) -> EmbeddingsAnswer:
+    """Embeddings of texts and, behind them, of pictures; they count as one picture against the limits."""
+    model = service.model(body.model)
+    texts = [body.input] if isinstance(body.input, str) else body.input or []
+    pictures = body.images or []
+    _check(texts, pictures)
+    side = model.clip_image_size
+    if side is None:
+        raise InvalidRequest("the model has no CLIP", code="unsupported", param="model")
+    studio = service.studio(None)
+    with service.admitted(caller, 1):
+        async with asyncio.timeout_at(studio.ends):
+            parts = [await studio.text_embeds(texts)] if texts else []
+            if pictures:
+                squares = [await _square(studio, index, sent, side) for index, sent in enumerate(pictures)]
+                parts.append(await studio.picture_embeds(squares))
+    rows = torch.cat(parts)
+    return EmbeddingsAnswer(
+        data=[Embedding(index=index, embedding=_shown(row, body)) for index, row in enumerate(rows)],
+        model=service.config.model,
+        revision=model.digest,
+    )
+
+
+def _check(texts: Sequence[str], pictures: Sequence[str]) -> None:
+    if not texts and not pictures:
+        raise InvalidRequest("input, images: give one of them", code="missing_required_parameter", param="input")
+    if len(texts) + len(pictures) > MAX_INPUTS:
+        message = f"input, images: {len(texts) + len(pictures)} of them; at most {MAX_INPUTS} are allowed"
+        raise InvalidRequest(message, code="invalid_value", param="input")
+    for index, text in enumerate(texts):
+        if not 0 < len(text) <= PROMPT_CHARACTERS:
+            message = f"input.{index}: has {len(text)} characters; from 1 to {PROMPT_CHARACTERS} are allowed"
+            raise InvalidRequest(message, code="invalid_value", param="input")
+
+
+async def _square(studio: Studio, index: int, sent: str, side: int) -> Picture:
+    field = f"images.{index}"
+    try:
+        content = base64.b64decode(sent, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"{field}: not base64", code="invalid_image", param=field) from None
+    upload = await studio.read(content, field)
+    return await asyncio.to_thread(square, upload.pixels, side)
+
+
+def _shown(row: torch.Tensor, body: EmbeddingBody) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(row.float().numpy().astype("<f4").tobytes()).decode()
+    return row.tolist()

@@ -1,0 +1,1 @@
+"""What a server takes on, from whom, and what it refuses."""

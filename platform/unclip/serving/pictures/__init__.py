@@ -1,0 +1,1 @@
+"""Pictures as files: encoded, labelled, signed, kept."""

@@ -1,0 +1,138 @@
+"""The OpenAPI page says what the server does: schemathesis asks by it, and compares."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from tests.support.serving import RunningApp
+
+OPERATIONS = [
+    ("POST", "/v1/images/generations"),
+    ("POST", "/v1/images/edits"),
+    ("POST", "/v1/images/variations"),
+    ("POST", "/v1/images/interpolations"),
+    ("POST", "/v1/images/text-diffs"),
+    ("POST", "/v1/embeddings"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/v1/pictures/{name}"),
+    ("GET", "/health"),
+]
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    schemathesis.checks.status_code_conformance,
+    schemathesis.checks.content_type_conformance,
+    schemathesis.checks.response_headers_conformance,
+    schemathesis.checks.response_schema_conformance,
+    schemathesis.checks.negative_data_rejection,
+    schemathesis.checks.missing_required_header,
+]
+
+
+@pytest.fixture(scope="session")
+def page(app: RunningApp) -> dict[str, Any]:
+    return httpx.get(f"{app.url}/openapi.json").json()
+
+
+@pytest.fixture(scope="session")
+def api(app: RunningApp) -> Any:
+    found = schemathesis.openapi.from_url(f"{app.url}/openapi.json")
+    found.config.seed = 7
+    return found
+
+
+def ask(strategy: Any) -> None:
+    """Asks what `strategy` makes up, the same in every run."""
+
+    @given(case=strategy)
+    @settings(
+        max_examples=15,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def answered(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=60)
+
+    answered()
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_whatever_is_asked_is_answered_as_the_page_says(api: Any, method: str, path: str) -> None:
+    ask(api[path][method].as_strategy())
+
+
+@pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if one[0] == "POST"])
+def test_what_the_page_does_not_allow_is_refused(api: Any, method: str, path: str) -> None:
+    ask(api[path][method].as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
+
+
+def test_all_operations_are_asked(page: dict[str, Any]) -> None:
+    assert sorted(OPERATIONS) == sorted(
+        (method.upper(), path) for path, methods in page["paths"].items() for method in methods
+    )
+
+
+def test_every_field_and_route_is_explained(page: dict[str, Any]) -> None:
+    for path, methods in page["paths"].items():
+        for operation in methods.values():
+            assert operation["description"], path
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                for name, field in content["schema"]["properties"].items():
+                    assert field.get("description") or field.get("format") == "binary" or "items" in field, (path, name)
+
+
+def test_errors_are_ours_and_never_the_frameworks(page: dict[str, Any]) -> None:
+    for path, methods in page["paths"].items():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400 and path != "/health":
+                    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+    assert not {"HTTPValidationError", "ValidationError"} & page["components"]["schemas"].keys()
+
+
+def test_references_lead_somewhere(page: dict[str, Any]) -> None:
+    found: list[str] = []
+
+    def search(node: Any) -> None:
+        if isinstance(node, dict):
+            found.extend(value for key, value in node.items() if key == "$ref")
+            for value in node.values():
+                search(value)
+        elif isinstance(node, list):
+            for value in node:
+                search(value)
+
+    search(page)
+    assert found
+    for reference in found:
+        assert reference.removeprefix("#/components/schemas/") in page["components"]["schemas"]
+
+
+def test_binary_and_event_answers_have_their_media_types(page: dict[str, Any]) -> None:
+    picture = page["paths"]["/v1/pictures/{name}"]["get"]["responses"]["200"]["content"]
+    assert picture.keys() == {"image/png", "image/jpeg", "image/webp"}
+    for path in ("/v1/images/generations", "/v1/images/edits"):
+        answer = page["paths"][path]["post"]["responses"]["200"]["content"]
+        assert answer.keys() == {"application/json", "text/event-stream"}
+
+
+def test_the_page_for_people_has_every_route_and_nothing_of_other_hosts(app: RunningApp, page: dict[str, Any]) -> None:
+    answer = httpx.get(f"{app.url}/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    style = answer.text.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"'sha256-{digest}'" in answer.headers["content-security-policy"]
+    for path in page["paths"]:
+        assert path in answer.text
+    assert "<script" not in answer.text
+    assert "://" not in answer.text
