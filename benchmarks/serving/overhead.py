@@ -1,7 +1,8 @@
 """What HTTP and Ray Serve add to the engine: milliseconds a request, and throughput when all are there at once.
 
 `python -m benchmarks.serving.overhead BUNDLE` measures the same requests on the engine alone, on the app in one process
-under uvicorn, and on the app behind Ray Serve, all stages in one replica each. The sides take turns: in each round every
+under uvicorn, and on the app behind Ray Serve, all stages in one replica each; `--sides engine_in_ray serve` compares with an
+engine in a Ray actor beside the server, which Ray's own processes slow down as much. The sides take turns: in each round every
 side makes some requests one after the other, then all of them at once. Each computes with `--threads` threads; what is
 left of the machine speaks HTTP and plays the client. Results go to benchmarks/results as JSON.
 """
@@ -19,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 import torch
 from benchmarks.common import machine, write_json
 from benchmarks.engine.load import requests_of
@@ -35,7 +37,7 @@ from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.pipeline import Pipeline
 from unclip.serving.config import ServeConfig
 
-SIDES = ("engine", "app", "serve")
+SIDES = ("engine", "app", "serve", "engine_in_ray")
 _HOPS = 50
 
 
@@ -71,6 +73,31 @@ class EngineAlone:
         return Served([result.seconds for result in results], time.perf_counter() - began)
 
 
+class EngineInRay:
+    """The engine alone in an actor of the instance that is running; seconds are those that pass there."""
+
+    def __init__(self, config: ServeConfig, threads: int) -> None:
+        self._actor = ray.remote(num_cpus=1)(_EngineActor).remote(config, threads)
+
+    def one(self, request: Request) -> float:
+        seconds: float = ray.get(self._actor.one.remote(request))
+        return seconds
+
+    def arriving(self, requests: Sequence[Request], arrivals: Sequence[float]) -> Served:
+        served: Served = ray.get(self._actor.arriving.remote(requests, arrivals))
+        return served
+
+
+class _EngineActor(EngineAlone):
+    def __init__(self, config: ServeConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        super().__init__(EngineThread(_engine(config)))
+
+
+def _engine(config: ServeConfig) -> Engine:
+    return Engine(Stages.of(Pipeline.from_bundle(config.bundle)), config.engine)
+
+
 def measure(sides: Mapping[str, Side], requests: Sequence[Request], rounds: int, alone: int) -> dict[str, Any]:
     """Each side's seconds a request alone, and pictures a second with all there at once, of all rounds."""
     at_once = [0.0] * len(requests)
@@ -95,15 +122,15 @@ def measure(sides: Mapping[str, Side], requests: Sequence[Request], rounds: int,
 
 
 def told(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each side but the engine what it adds to a request, and its share of the engine's throughput."""
-    engine = found["engine"]
+    """Of each side but an engine what it adds to a request, and its share of the engine's throughput."""
+    engine = found["engine_in_ray" if "engine_in_ray" in found else "engine"]
     return {
         name: {
             "added_ms": row["p50_ms"] - engine["p50_ms"],
             "share_of_throughput": row["images_per_second"] / engine["images_per_second"],
         }
         for name, row in found.items()
-        if name != "engine"
+        if not name.startswith("engine")
     }
 
 
@@ -125,14 +152,15 @@ def opened(names: Sequence[str], config: ServeConfig) -> Iterator[dict[str, Side
     with ExitStack() as stack:
         sides: dict[str, Side] = {}
         if "engine" in names:
-            stages = Stages.of(Pipeline.from_bundle(config.bundle))
-            sides["engine"] = EngineAlone(stack.enter_context(EngineThread(Engine(stages, config.engine))))
+            sides["engine"] = EngineAlone(stack.enter_context(EngineThread(_engine(config))))
         if "app" in names:
             url = stack.enter_context(running_in_one_process(config, threads=torch.get_num_threads()))
             sides["app"] = stack.enter_context(Client(url))
         if "serve" in names:
             server = ServerConfig.from_dict({**config.to_dict(), "http": {"port": free_port()}})
             sides["serve"] = stack.enter_context(Client(stack.enter_context(running(server))))
+        if "engine_in_ray" in names:
+            sides["engine_in_ray"] = EngineInRay(config, torch.get_num_threads())
         yield sides
 
 
@@ -162,7 +190,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", help="folder or s3:// address of a bundle with a diffusion prior")
     parser.add_argument("--up-to", type=int, default=64, help="side of the pictures in pixels")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="the engine among them")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="an engine among them; engine_in_ray beside serve"
+    )
     parser.add_argument("--requests", type=int, default=32, help="that are there at once")
     parser.add_argument("--alone", type=int, default=20, help="requests one after the other in a round")
     parser.add_argument("--rounds", type=int, default=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 import socket
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from openai import OpenAI
 from PIL import Image
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -58,7 +60,8 @@ class Server:
     def start(self) -> None:
         """One as `serve run` does it, and one as `serve deploy` does."""
         self.use(self._bundle)
-        serve.run(build({**LAYOUTS["one"], "bundle": self._bundle}), name="one", route_prefix="/one")
+        lists = {"batches.folder": str(Path(self._bundle).parent / "batches")}
+        serve.run(build({**LAYOUTS["one"], **lists, "bundle": self._bundle}), name="one", route_prefix="/one")
         wait_for(_split_runs, 120)
 
     def use(self, bundle: str) -> None:
@@ -151,6 +154,17 @@ def test_what_runs_is_seen_as_queued_steps(server: Server, layout: str) -> None:
         request = pool.submit(server.post, layout, {**BODY, "num_inference_steps": 100, "n": 4})
         wait_for(lambda: _queued_steps(layout) > 100, 20)
         assert request.result().status_code == 200
+
+
+def test_lists_of_requests_are_worked_off_beside_the_server(server: Server) -> None:
+    """One whose only line is refused: it goes through `Ingress` and the batch's actor, without the bulk job."""
+    ask = {"custom_id": "a", "method": "POST", "url": "/v1/images/generations", "body": {**BODY, "stream": True}}
+    with OpenAI(base_url=f"{server.url}/one/v1", api_key="none") as client:
+        file = client.files.create(file=("list.jsonl", json.dumps(ask).encode()), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
+        wait_for(lambda: client.batches.retrieve(batch.id).status == "completed", 60)
+        [line] = client.files.content(client.batches.retrieve(batch.id).error_file_id).text.splitlines()
+    assert json.loads(line)["response"]["body"]["error"]["param"] == "stream"
 
 
 def test_health_tells_of_all_groups(server: Server) -> None:

@@ -111,9 +111,12 @@ def test_groups_hold_all_that_the_bundle_has(bundle: str) -> None:
     assert list(deployments) == ["clip-prior", "decoder", "Ingress"]
 
 
-def test_processes_without_stages_do_not_scale(bundle: str) -> None:
-    with pytest.raises(RayServeException, match=r"ingress.max_replicas = 3.*min_replicas = 2"):
+def test_processes_without_steps_do_not_scale(bundle: str) -> None:
+    with pytest.raises(RayServeException, match=r"ingress: max_replicas = 3.*min_replicas = 2"):
         build({"recipe": "per-stage", "bundle": bundle, "ingress.max_replicas": 3})
+    rest = {"stages": ["prior", "decoder", "upsampler_256"], "max_replicas": 4}
+    with pytest.raises(RayServeException, match=r"group of clip: max_replicas = 2.*min_replicas = 1"):
+        build({"recipe": "per-stage", "bundle": bundle, "groups": [{"stages": ["clip"], "max_replicas": 2}, rest]})
 
 
 def test_what_the_cluster_does_not_have_is_said(bundle: str, caplog: pytest.LogCaptureFixture) -> None:

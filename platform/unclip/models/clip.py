@@ -168,11 +168,26 @@ class Tokenizer:
         return isinstance(_open_clip_tokenizer(self.name), open_clip.SimpleTokenizer)
 
 
+_MOST_WORDS, _LONGEST_WORD = 2**17, 64
+
+
 @lru_cache(maxsize=4)
 def _open_clip_tokenizer(name: str | None) -> Any:
     import open_clip
 
-    return open_clip.SimpleTokenizer() if name is None else open_clip.get_tokenizer(name)
+    tokenizer = open_clip.SimpleTokenizer() if name is None else open_clip.get_tokenizer(name)
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        tokenizer.cache = _Words(tokenizer.cache)
+    return tokenizer
+
+
+class _Words(dict[str, str]):
+    """Words that a tokenizer remembers in pieces: no more than there is room for, whatever strangers write. None is dropped,
+    since threads look whether a word is there and then take it."""
+
+    def __setitem__(self, word: str, pieces: str) -> None:
+        if len(self) < _MOST_WORDS and len(word) <= _LONGEST_WORD:
+            super().__setitem__(word, pieces)
 
 
 class ClipModel(nn.Module):

@@ -35,12 +35,16 @@ from unclip.pipelines.stages.checks import device_of
 GuideName = Literal["noised_clip", "classifier"]
 
 
+_MAX_SCALE = 1e6
+"""Far beyond any use; without a bound, float32 overflows and there is no picture."""
+
+
 class GuideOptions(Config):
     """Which guides steer the decoder, and how strongly; none unless asked for."""
 
-    clip_guidance_scale: float = Field(0.0, ge=0)
+    clip_guidance_scale: float = Field(0.0, ge=0, le=_MAX_SCALE)
     """Scale of the gradient of the bundle's noised CLIP towards the prompt; 0 is off."""
-    classifier_guidance_scale: float = Field(0.0, ge=0)
+    classifier_guidance_scale: float = Field(0.0, ge=0, le=_MAX_SCALE)
     """Scale of the gradient of the bundle's classifier towards class_label; 0 is off."""
     class_label: str | None = None
     """One of the classifier's classes, for all pictures; goes with classifier_guidance_scale."""

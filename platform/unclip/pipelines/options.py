@@ -20,6 +20,9 @@ from unclip.pipelines.stages import (
 
 AnySampling = SamplingConfig | ARSamplingConfig
 
+MAX_GUIDANCE_SCALE = 1000.0
+"""Far beyond any use; without a bound, float32 overflows and there is no picture."""
+
 
 class SamplerOptions(Config):
     """Changes to how a stage samples; what is null stays as the bundle has it."""
@@ -58,7 +61,7 @@ class SamplerOptions(Config):
 class GuidedSamplerOptions(SamplerOptions):
     """Changes to how a stage with conditions samples; what is null stays as the bundle has it."""
 
-    guidance_scale: float | None = Field(None, ge=0)
+    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE)
     """Classifier-free guidance; 1 is off."""
     guidance_interval: tuple[float, float] | None = None
     """Guides only timesteps between these fractions of all, say 0.2 and 0.9."""

@@ -213,7 +213,7 @@ def per_stage() -> ServeConfig:
     return ServeConfig(
         ingress=IngressConfig(min_replicas=2, max_replicas=2),
         groups=(
-            GroupConfig(stages=("clip",), num_gpus=0.1, max_replicas=2),
+            GroupConfig(stages=("clip",), num_gpus=0.1),
             GroupConfig(stages=("prior",), num_gpus=0.4, max_replicas=4),
             GroupConfig(stages=("decoder",), num_gpus=1, max_replicas=8),
             GroupConfig(stages=("upsampler_256",), num_gpus=0.5, max_replicas=8),

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from unclip.models import clip as clip_module
 from unclip.models.clip import (
     ClipArchitectureConfig,
     ClipConfig,
@@ -229,6 +230,21 @@ def test_folder_may_name_an_open_clip_architecture(model: ClipModel, known_name:
     tokens = model.tokenize(CAPTIONS)
     torch.testing.assert_close(load_clip(folder).encode_text(tokens), model.encode_text(tokens))
     assert tokenizer_for(folder).name == known_name
+
+
+def test_a_tokenizer_remembers_a_bounded_number_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = clip_module._open_clip_tokenizer(None)
+    known = dict(inner.cache)
+    monkeypatch.setattr(clip_module, "_MOST_WORDS", len(known) + 2)
+    words = [f"zq{letter}xj" for letter in "abcdef"]
+    first = Tokenizer(None)([*words, "q" * 100], 77)
+    added = inner.cache.keys() - known.keys()
+    for word in added:
+        del inner.cache[word]
+    assert 0 < len(added) <= 2
+    assert "q" * 100 not in added
+    plain = open_clip.SimpleTokenizer()([*words, "q" * 100], context_length=77)
+    np.testing.assert_array_equal(first, plain)
 
 
 def test_tokenizer_is_open_clips_and_pickles() -> None:

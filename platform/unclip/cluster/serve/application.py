@@ -97,11 +97,13 @@ def _groups(config: ServeConfig, stages: Stages) -> list[tuple[GroupConfig, Stag
         return groups
     if missing := set(stages) - {stage for _, held in groups for stage in held}:
         raise ConfigError(f"groups: none holds {', '.join(sorted(missing))} of the bundle {config.bundle!r}")
-    if config.ingress.max_replicas != config.ingress.min_replicas:
-        raise ConfigError(
-            f"ingress.max_replicas = {config.ingress.max_replicas}: processes without stages have no steps to be scaled by;"
-            f" set it to ingress.min_replicas = {config.ingress.min_replicas}"
-        )
+    clip = (("the group of clip", group) for group in config.groups if group.stages == ("clip",))
+    for name, part in (("ingress", config.ingress), *clip):
+        if part.max_replicas != part.min_replicas:
+            raise ConfigError(
+                f"{name}: max_replicas = {part.max_replicas}: such processes take no denoising steps to be scaled by;"
+                f" set it to min_replicas = {part.min_replicas}"
+            )
     return groups
 
 

@@ -15,6 +15,7 @@ from unclip.serving import context
 from unclip.serving.context import Context
 from unclip.serving.errors import ApiError, RateLimited
 from unclip.serving.guards.keys import ApiKey, KeyLimits, KeyRing
+from unclip.serving.guards.paths import path_of
 from unclip.serving.messages.events import Disconnected
 from unclip.serving.messages.failures import as_api_error
 from unclip.serving.observe import logs, traces
@@ -75,7 +76,7 @@ class Requests:
 
     def _key(self, scope: Scope, headers: Headers) -> ApiKey | None:
         """Whose request it is; raises `Unauthorized` or `RateLimited`."""
-        path: str = scope["path"]
+        path = path_of(scope)
         if self._keys is None or not path.startswith(_LOCKED) or path.startswith(_OPEN):
             return None
         key = self._keys.of(headers.get("authorization"))

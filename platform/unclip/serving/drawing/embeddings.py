@@ -15,7 +15,7 @@ from unclip.serving.drawing.studio import Studio
 from unclip.serving.errors import InvalidRequest
 from unclip.serving.guards.uploads import square
 from unclip.serving.messages.answers import Embedding, EmbeddingsAnswer
-from unclip.serving.messages.schemas import MAX_INPUTS, PROMPT_CHARACTERS, EmbeddingBody
+from unclip.serving.messages.schemas import MAX_INPUT_CHARACTERS, MAX_INPUTS, PROMPT_CHARACTERS, EmbeddingBody
 
 
 async def embed(service: Service, body: EmbeddingBody, caller: Caller) -> EmbeddingsAnswer:
@@ -52,6 +52,9 @@ def _check(texts: Sequence[str], pictures: Sequence[str]) -> None:
         if not 0 < len(text) <= PROMPT_CHARACTERS:
             message = f"input.{index}: has {len(text)} characters; from 1 to {PROMPT_CHARACTERS} are allowed"
             raise InvalidRequest(message, code="invalid_value", param="input")
+    if (total := sum(map(len, texts))) > MAX_INPUT_CHARACTERS:
+        message = f"input: {total} characters; at most {MAX_INPUT_CHARACTERS} are allowed"
+        raise InvalidRequest(message, code="invalid_value", param="input")
 
 
 async def _square(studio: Studio, index: int, sent: str, side: int) -> Picture:

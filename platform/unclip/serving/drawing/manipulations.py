@@ -21,7 +21,7 @@ from unclip.pipelines.inversion import deterministic
 from unclip.pipelines.known import KnownPixels, known_at
 from unclip.pipelines.manipulations.inpainting import FEATHER
 from unclip.pipelines.manipulations.sphere import slerp
-from unclip.pipelines.manipulations.text_diff import MAX_THETA, thetas
+from unclip.pipelines.manipulations.text_diff import DUMMY_CAPTION, MAX_THETA, thetas
 from unclip.serving.config import LimitsConfig
 from unclip.serving.drawing.orders import (
     Kind,
@@ -58,8 +58,8 @@ def edit(body: EditBody, image: bytes, mask: bytes | None, model: Model, limits:
         upload = await studio.read(image, "image")
         cover = upload if mask is None else await studio.read(mask, "mask")
         sides = sorted(cascade.sizes.values())
-        known = await asyncio.to_thread(_known, upload, cover, sides)
-        await studio.policy.check_pictures([square(upload.pixels, sides[-1])], given=True)
+        picture, known = await asyncio.to_thread(_known, upload, cover, sides)
+        await studio.policy.check_pictures([picture], given=True)
         return [replace(request, known=known) for request in requests]
 
     return replace(order, prepare=prepare, is_composite=True)
@@ -108,7 +108,8 @@ def text_diff(body: TextDiffBody, image: bytes, model: Model, limits: LimitsConf
     """A picture on its way towards a caption."""
     path = thetas(body.frames or 5, MAX_THETA if body.max_theta is None else body.max_theta)
     way = _Way.plan(body, model, limits, count=len(path))
-    texts = (body.prompt, body.source_prompt) if body.source_prompt else (body.prompt,)
+    source = DUMMY_CAPTION if body.source_prompt is None else body.source_prompt
+    texts = (body.prompt, source) if source else (body.prompt,)
 
     async def prepare(studio: Studio) -> Sequence[Request]:
         pictures = await _read(studio, [image], model)
@@ -198,13 +199,14 @@ def _side(upload: Upload, model: Model) -> int:
     return min(max(has, unit), most)
 
 
-def _known(upload: Upload, cover: Upload, sides: Sequence[int]) -> dict[int, KnownPixels]:
-    """What is kept of a picture, at each size of the cascade."""
+def _known(upload: Upload, cover: Upload, sides: Sequence[int]) -> tuple[Picture, dict[int, KnownPixels]]:
+    """A picture at the largest size of the cascade, and what is kept of it at each."""
     keep = square_keep(read_keep(cover, upload.pixels.shape[:2]), sides[-1])
     if keep.all():
         raise InvalidRequest("mask: its transparent part is outside of the middle square", param="mask")
-    picture = torch.from_numpy(np.array(square(upload.pixels, sides[-1])))
-    return known_at(picture[None], torch.from_numpy(np.array(keep))[None], sides, feather=FEATHER)
+    picture = np.array(square(upload.pixels, sides[-1]))
+    pixels, mask = torch.from_numpy(picture), torch.from_numpy(np.array(keep))
+    return picture, known_at(pixels[None], mask[None], sides, feather=FEATHER)
 
 
 def _direction(text_embeds: torch.Tensor) -> torch.Tensor:

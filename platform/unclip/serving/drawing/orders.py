@@ -246,6 +246,8 @@ def _repeated(body: DrawingBody) -> dict[str, Any]:
     """What a request that repeats a picture says beside seed and size."""
     said = body.model_dump(mode="json", exclude_defaults=True, exclude=_NOT_REPEATED)
     said = {name: value for name, value in said.items() if value is not None}
+    if body.options is not None:  # also what is as usual: the server's own options may not be
+        said["options"] = body.options.model_dump(mode="json", exclude_unset=True)
     if isinstance(body, StreamedBody) and body.image_embed is not None:
         said["image_embed"] = base64.b64encode(_embed(body.image_embed).numpy().astype("<f4").tobytes()).decode()
     return said

@@ -124,35 +124,39 @@ class Service:
     async def stream(self, order: Order, caller: Caller) -> AsyncGenerator[Event, None]:
         """The same step by step: a comment once the order is taken on, then what the body asks for; a failure is the last event.
 
-        Closing it ends the work.
+        Closing it ends the work. A slow reader does not hold it up, nor keeps its place when it is done.
         """
         self._check_format(order)
         studio = self.studio(order.body.timeout_s)
-        with self.admitted(caller, len(order.requests)):
-            yield HERE
-            told: asyncio.Queue[Event | None] = asyncio.Queue()
-            work = asyncio.create_task(self._tell_all(order, studio, caller, told))
-            work.add_done_callback(lambda _: told.put_nowait(None))
-            try:
-                while (event := await _next_of(told)) is not None:
-                    yield event
-                if (error := work.exception()) is not None:
-                    failure = as_api_error(error)
-                    logs.event("stream_failed", error=error, status=failure.status, code=failure.code)
-                    yield Event("error", failure.body)
-            finally:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
+        told: asyncio.Queue[Event | None] = asyncio.Queue()
+        work = asyncio.create_task(self._tell_all(order, studio, caller, told))
+        work.add_done_callback(lambda _: told.put_nowait(None))
+        is_taken_on = False
+        try:
+            while (event := await _next_of(told)) is not None:
+                is_taken_on = True
+                yield event
+            if (error := work.exception()) is not None:
+                if not is_taken_on:
+                    raise error
+                failure = as_api_error(error)
+                logs.event("stream_failed", error=error, status=failure.status, code=failure.code)
+                yield Event("error", failure.body)
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     async def _tell_all(self, order: Order, studio: Studio, caller: Caller, told: asyncio.Queue[Event | None]) -> None:
         def tell(name: str, data: Mapping[str, Any]) -> None:
             told.put_nowait(Event(name, {"type": name, **data}))
 
-        requests = await self._prepared(order, studio)
-        drawing = _Drawing(self, order, studio, caller)
-        async with asyncio.timeout_at(studio.ends), asyncio.TaskGroup() as group:
-            for index, request in enumerate(requests):
-                group.create_task(drawing.shown(index, request, tell))
+        with self.admitted(caller, len(order.requests)):
+            told.put_nowait(HERE)
+            requests = await self._prepared(order, studio)
+            drawing = _Drawing(self, order, studio, caller)
+            async with asyncio.timeout_at(studio.ends), asyncio.TaskGroup() as group:
+                for index, request in enumerate(requests):
+                    group.create_task(drawing.shown(index, request, tell))
 
     async def _prepared(self, order: Order, studio: Studio) -> Sequence[Request]:
         async with asyncio.timeout_at(studio.ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,15 @@ from PIL import Image
 
 from unclip.data.decode import DecodeError, Picture, open_image, to_rgb
 from unclip.data.transforms import resize_square
-from unclip.serving.errors import ApiError, InvalidRequest, TooLarge
+from unclip.serving.errors import ApiError, InvalidRequest, TimedOut, TooLarge
+from unclip.serving.guards.paths import path_of
 
 _CERTAIN = 250
 """From this value of 255 on a resized pixel is wholly kept; what lies between is drawn anew."""
+_PATIENCE_S = 30.0
+"""How much longer than at `_LEAST_RATE` a body may take to come."""
+_LEAST_RATE = 2**15
+"""Bytes a second."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ def _alpha(image: Image.Image) -> npt.NDArray[np.uint8] | None:
 class BodyLimit:
     """ASGI middleware that refuses requests whose body is too large: at once where they say so, else when it has come.
 
-    Nothing is held: bytes are counted on their way to the app.
+    Bodies that trickle are given up, so that nobody keeps places taken by saying nothing. Nothing is held: bytes are counted
+    on their way to the app.
 
     Args:
         app: what answers the requests.
@@ -111,7 +118,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._others.get(scope["path"], self._limit)
+        limit = self._others.get(path_of(scope), self._limit)
         if _announced(scope) > limit:
             await _refuse(_too_large(limit), send)
             return
@@ -119,35 +126,45 @@ class BodyLimit:
 
 
 class _Counted:
-    """One request whose body is counted. Once it is too large, no answer but ours goes out."""
+    """One request whose body is counted. Once it is refused, no answer but ours goes out."""
 
     def __init__(self, app: Any, limit: int, receive: Any, send: Any) -> None:
         self._app, self._limit, self._receive, self._send = app, limit, receive, send
-        self._count, self._has_begun = 0, False
+        self._count, self._is_complete, self._has_begun = 0, False, False
+        self._refusal: ApiError | None = None
+        self._began = asyncio.get_running_loop().time()
 
     async def run(self, scope: Mapping[str, Any]) -> None:
         try:
             await self._app(scope, self._counted, self._unless_refused)
-        except TooLarge:
-            if not self._is_over:
+        except ApiError as error:
+            if error is not self._refusal:
                 raise
-        if self._is_over and not self._has_begun:
-            await _refuse(_too_large(self._limit), self._send)
-
-    @property
-    def _is_over(self) -> bool:
-        return self._count > self._limit
+        if self._refusal is not None and not self._has_begun:
+            await _refuse(self._refusal, self._send)
 
     async def _counted(self) -> Mapping[str, Any]:
-        message: Mapping[str, Any] = await self._receive()
+        try:
+            async with asyncio.timeout_at(None if self._is_complete else self._latest):
+                message: Mapping[str, Any] = await self._receive()
+        except TimeoutError:
+            self._refusal = TimedOut("the request's body did not come in time")
+            raise self._refusal from None
         self._count += len(message.get("body", b""))
-        if self._is_over:
-            raise _too_large(self._limit)
+        self._is_complete = not message.get("more_body", False)
+        if self._count > self._limit:
+            self._refusal = _too_large(self._limit)
+            raise self._refusal
         return message
+
+    @property
+    def _latest(self) -> float:
+        """When the next part has to be there."""
+        return self._began + _PATIENCE_S + self._count / _LEAST_RATE
 
     async def _unless_refused(self, message: Mapping[str, Any]) -> None:
         """Frameworks make answers of their own of an error while they read; an answer that has begun goes on."""
-        if self._is_over and not self._has_begun:
+        if self._refusal is not None and not self._has_begun:
             return
         self._has_begun = True
         await self._send(message)

@@ -10,6 +10,7 @@ from unclip.config.base import Config
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.manipulations.interpolation import NoiseName
 from unclip.pipelines.manipulations.text_diff import DUMMY_CAPTION, MAX_THETA
+from unclip.pipelines.options import MAX_GUIDANCE_SCALE
 
 Form = Literal["png", "jpeg", "webp"]
 """How pictures are encoded."""
@@ -20,6 +21,8 @@ MAX_SEED = 2**62
 PROMPT_CHARACTERS = 2000
 MAX_INPUTS = 256
 """Texts and pictures of one request for embeddings."""
+MAX_INPUT_CHARACTERS = 32_000
+"""Of all these texts together."""
 _MAX_WIDTH = 8192
 """Numbers of an embedding; far beyond any model."""
 
@@ -59,7 +62,7 @@ class DrawingBody(Body):
     """Accepted as OpenAI has it, without effect."""
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     """All randomness of the pictures: picture i has seed + i. Null for a random one, which the answer tells."""
-    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE_SCALE)
     """Classifier-free guidance of the decoder; 1 is off, null as the model has it."""
     num_inference_steps: int | None = Field(None, ge=1)
     """Denoising steps of the decoder; null as the model has it."""

@@ -20,7 +20,7 @@ MAX_BYTES = 10 * 2**30
 SWEEP_S = 60.0
 """Least time between two sweeps."""
 MAX_REMOVED = 500
-"""Files that a sweep removes at most: on object stores each takes some requests."""
+"""Files that a sweep removes at most: on object stores each takes some requests. The next picture begins another one."""
 _NAME = re.compile(rf"([0-9a-f]{{10}})-[a-z2-7]{{26}}\.({'|'.join(get_args(Form))})")
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,11 @@ class PictureStore:
             return
         try:
             self._swept_at = time.monotonic()
-            for name in self._superfluous()[:MAX_REMOVED]:
+            superfluous = self._superfluous()
+            for name in superfluous[:MAX_REMOVED]:
                 storage.remove(storage.join(self._folder, name))
+            if len(superfluous) > MAX_REMOVED:
+                self._swept_at = -math.inf
         except OSError as error:
             _log.warning("pictures in %r cannot be swept: %s", self._folder, error)
         finally:

@@ -112,9 +112,7 @@ class ClipEncoder:
                 self._answer(jobs)
                 self._began = None
         except BaseException as error:
-            end = EngineStoppedError(f"the CLIP encoder's thread died: {error!r}")
-            end.__cause__ = error
-            self._stop(end)
+            self._stop(_died_of(error))
         finally:
             self._began = None
 
@@ -141,8 +139,10 @@ class ClipEncoder:
             for job in jobs:
                 _fail(job, failure)
         except BaseException as error:
+            end = _died_of(error)
+            self._stop(end)  # first: who hears of it finds the encoder dead
             for job in jobs:
-                _fail(job, EngineStoppedError(f"the CLIP encoder's thread died: {error!r}"))
+                _fail(job, end)
             raise
 
     def _captions(self, texts: Sequence[str]) -> dict[str, EncodedCaption]:
@@ -188,6 +188,12 @@ class ClipEncoder:
             self._changed.notify_all()
         for job in left:
             _fail(job, self._end)
+
+
+def _died_of(error: BaseException) -> EngineStoppedError:
+    end = EngineStoppedError(f"the CLIP encoder's thread died: {error!r}")
+    end.__cause__ = error
+    return end
 
 
 def _fail(job: _Job, error: BaseException) -> None:

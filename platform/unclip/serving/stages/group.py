@@ -6,8 +6,9 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -189,7 +190,9 @@ class LocalGroup:
             metrics = self.metrics()
             if metrics is not None:
                 publish(self._meters, metrics, self.name)
-            publish_devices(self._meters)
+            if self._loader.device.type == "cuda":  # asking a device for its memory takes some of it
+                with suppress(RuntimeError):  # a broken device: the health check says so
+                    await asyncio.to_thread(publish_devices, self._meters)
             await asyncio.sleep(_PUBLISH_SECONDS)
 
 
@@ -203,8 +206,9 @@ class _Health:
     def __init__(self, device: torch.device, stalled_s: float) -> None:
         self._device, self._stalled_s = device, stalled_s
         self._broken: str | None = None
-        self._progress: dict[str, tuple[int, float]] = {}
-        self._asking: threading.Thread | None = None
+        self._progress: WeakKeyDictionary[Revision, tuple[int, float]] = WeakKeyDictionary()
+        self._asking: asyncio.Future[None] | None = None
+        self._asked_at = 0.0
 
     def note(self, error: BaseException) -> None:
         """Remembers errors after which nothing works on a CUDA device."""
@@ -228,18 +232,18 @@ class _Health:
             self._check_seconds("a call of CLIP", encoder.call_seconds)
 
     async def check_device(self) -> None:
-        """Raises `UnhealthyError` where CUDA is broken; never waits for long."""
+        """Raises `UnhealthyError` where CUDA is broken; never waits for long. While it is asked, who comes waits too."""
         if self._broken is not None:
             raise UnhealthyError(f"the device is broken: {self._broken}")
         if self._device.type != "cuda":
             return
-        if self._asking is not None and self._asking.is_alive():
-            raise UnhealthyError("the device still does not answer")
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asking = threading.Thread(target=_ask_device, args=(self._device, answered), daemon=True)
-        self._asking.start()
+        loop = asyncio.get_running_loop()
+        if self._asking is None or self._asking.done():
+            self._asking, self._asked_at = loop.create_future(), loop.time()
+            threading.Thread(target=_ask_device, args=(self._device, self._asking), daemon=True).start()
         try:
-            await asyncio.wait_for(answered, _DEVICE_SECONDS)
+            async with asyncio.timeout_at(self._asked_at + _DEVICE_SECONDS):
+                await asyncio.shield(self._asking)
         except TimeoutError:
             raise UnhealthyError(f"the device has not answered for {_DEVICE_SECONDS:g} seconds") from None
         except RuntimeError as error:
@@ -254,10 +258,10 @@ class _Health:
         assert revision.worker is not None
         steps = sum(stage.steps for stage in revision.worker.metrics().stages.values())
         now = time.monotonic()
-        before, since = self._progress.get(revision.digest, (steps, now))
+        before, since = self._progress.get(revision, (steps, now))
         if steps != before or not revision.tickets:
             since = now
-        self._progress[revision.digest] = steps, since
+        self._progress[revision] = steps, since
         self._check_seconds("work without a finished step", now - since)
 
 

@@ -42,6 +42,8 @@ class Revision:
         self.encoder = None if stages.clip is None else ClipEncoder(stages.clip, with_states=with_states)
         self.calls = 0
         """That use it."""
+        self.is_asked_for = False
+        """Whether a request has ever named it."""
         self.tickets: set[Ticket] = set()
         """Of the engine, under way."""
         self.passed_over: float | None = None
@@ -199,7 +201,7 @@ class Revisions:
             event("bundle_loaded", bundle=uri, revision=bundle.digest, seconds=time.monotonic() - began)
 
     async def _take_on(self, bundle: Bundle) -> None:
-        digest, before = bundle.digest, None if self.current is None else self.current.digest
+        digest = bundle.digest
         if digest not in self._held:
             changed = self._changing[digest] = asyncio.Event()
             try:
@@ -208,10 +210,10 @@ class Revisions:
                 del self._changing[digest]
                 changed.set()
         self.current = self._held[digest]
-        old = None if before is None or before == digest else self._held.get(before)
-        if old is not None:
-            old.passed_over = None
-            self._begin(self._retire(old.digest))
+        for old in self.held:
+            if old is not self.current:
+                old.passed_over = None
+                self._begin(self._retire(old.digest))
 
     async def _opened(self, bundle: Bundle) -> Revision:
         await self._close_retired()
@@ -259,7 +261,9 @@ class Revisions:
         event("revision_closed", revision=revision.digest, calls=revision.calls)
 
     async def _close_retired(self) -> None:
-        """There are two at most."""
+        """There are two at most: where another part of the server has refused the new one, requests ask for the old one still."""
+        if self.current is not None and not self.current.is_asked_for:
+            self.current = next((other for other in self.held if other.is_asked_for), self.current)
         for revision in self.held:
             if revision is not self.current:
                 await self._drain(revision)
@@ -279,7 +283,7 @@ class Revisions:
 
     def _named(self, revision: Revision) -> None:
         """While a part of the server goes on with the old bundle, pictures ask for both: the old one is still needed."""
-        revision.passed_over = None
+        revision.passed_over, revision.is_asked_for = None, True
         if revision is self.current:
             for other in self._held.values():
                 if other is not revision and other.passed_over is None:

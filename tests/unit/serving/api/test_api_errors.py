@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from openai import OpenAI
 from tests.support.serving import RunningApp, held_up, png_of, running_app, wait_until
 
+from unclip.serving.api.app import create_app
 from unclip.serving.config import ConceptConfig, LimitsConfig, PolicyConfig, ServeConfig
 from unclip.serving.guards.keys import hash_key
 
@@ -64,6 +66,19 @@ def test_without_a_key_there_are_pictures_and_pages_but_no_api(guarded: RunningA
     assert httpx.get(f"{guarded.url}/v1/models").status_code == 401
     assert httpx.post(f"{guarded.url}/v1/images/generations", json={"prompt": PROMPT}).status_code == 401
     assert httpx.get(f"{guarded.url}/v1/nothing").status_code == 401
+
+
+@pytest.mark.parametrize("prefix", ["", "/one", "/one/two"])
+def test_keys_are_asked_for_wherever_the_app_is_mounted(guarded: RunningApp, prefix: str) -> None:
+    async def status(path: str, key: str | None) -> int:
+        mounted = httpx.ASGITransport(create_app(guarded.service), root_path=prefix)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(transport=mounted, base_url="http://here") as asking:
+            return (await asking.get(f"{prefix}{path}", headers=headers)).status_code
+
+    assert asyncio.run(status("/v1/models", None)) == 401
+    assert asyncio.run(status("/v1/models", "uk-many")) == 200
+    assert asyncio.run(status("/v1/pictures/none.png", None)) == 404
 
 
 def test_keys_have_a_rate(guarded: RunningApp) -> None:

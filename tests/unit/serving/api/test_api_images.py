@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import openai
@@ -16,6 +17,8 @@ from tests.support.serving import RunningApp, picture_of
 
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.pipeline import Pipeline
+from unclip.serving.drawing import orders
+from unclip.serving.messages.schemas import GenerationBody
 
 PROMPT = "a red heart"
 
@@ -82,6 +85,18 @@ def test_the_parameters_of_an_answer_draw_it_again(client: OpenAI) -> None:
     assert again.parameters == first.parameters
     plain = client.images.generate(prompt=PROMPT, size="32x32", extra_body={"seed": first.seed}).data[0]
     assert not np.array_equal(picture_of(plain), picture_of(first))
+
+
+def test_parameters_say_also_what_only_this_server_does_otherwise(app: RunningApp) -> None:
+    options = GenerationOptions.from_dict({"decoder": {"guidance_scale": 5.0}})
+    model = replace(app.service.models.current, options=options)
+    body = GenerationBody.from_dict({"prompt": PROMPT, "options": {"decoder": {"guidance_scale": None}}})
+    order = orders.generation(body, model, app.service.config.limits)
+    again = GenerationBody.from_dict(order.repeats(0))
+    same = orders.generation(again, model, app.service.config.limits)
+    plain = orders.generation(GenerationBody(prompt=PROMPT, seed=again.seed), model, app.service.config.limits)
+    assert same.requests[0].options == order.requests[0].options
+    assert plain.requests[0].options != order.requests[0].options
 
 
 def test_without_a_seed_every_request_is_another_picture_that_can_be_drawn_again(client: OpenAI) -> None:
@@ -204,6 +219,12 @@ def test_what_openai_has_beside_is_accepted(client: OpenAI) -> None:
         (
             {"extra_body": {"num_inference_steps": 50, "options": {"decoder": {"sampler": "nine"}}}},
             "options.decoder.sampler",
+            "invalid_value",
+        ),
+        ({"extra_body": {"guidance_scale": 1e30}}, "guidance_scale", "invalid_value"),
+        (
+            {"extra_body": {"options": {"prior": {"guidance_scale": 1e30}}}},
+            "options.prior.guidance_scale",
             "invalid_value",
         ),
         ({"extra_body": {"options": {"up_to": 16}}}, "options.up_to", "invalid_value"),

@@ -18,6 +18,8 @@ from unclip.pipelines.manipulations.inpainting import inpainting
 from unclip.pipelines.manipulations.interpolation import interpolation
 from unclip.pipelines.manipulations.text_diff import text_diff, thetas
 from unclip.pipelines.pipeline import Pipeline
+from unclip.serving.drawing import manipulations
+from unclip.serving.messages.schemas import TextDiffBody
 
 PROMPT = "a red heart"
 KEEP = np.ones((64, 64), bool)
@@ -155,6 +157,13 @@ def test_ways_can_be_drawn_again(app: RunningApp) -> None:
     again = posted(app, "text-diffs", files, **first["data"][1]["parameters"])
     for mine, theirs in zip(pictures_of(again), pictures_of(first), strict=True):
         assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize(("source", "texts"), [(None, (PROMPT, "a photo")), ("", (PROMPT,)), ("b", (PROMPT, "b"))])
+def test_no_source_prompt_is_the_usual_one(app: RunningApp, source: str | None, texts: tuple[str, ...]) -> None:
+    body = TextDiffBody(prompt=PROMPT, source_prompt=source)
+    order = manipulations.text_diff(body, b"", app.service.models.current, app.service.config.limits)
+    assert order.texts == texts
 
 
 @pytest.mark.parametrize(

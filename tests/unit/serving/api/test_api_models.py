@@ -61,6 +61,7 @@ def test_embeddings_as_base64_are_little_endian_floats(client: OpenAI) -> None:
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
         ({"input": ["a"] * 257}, "input"),
+        ({"input": ["a" * 2000] * 17}, "input"),
         ({"input": "a", "extra_body": {"images": ["no base64"]}}, "images.0"),
         ({"input": "a", "dimensions": 4}, "dimensions"),
     ],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,9 +17,12 @@ from openai import OpenAI
 from tests.support.serving import HeldUp, RunningApp, held_up, picture_of, png_of, wait_until
 
 from unclip.generation.engine.metrics import EngineMetrics
+from unclip.serving.drawing import orders
 from unclip.serving.drawing.previews import Previews
+from unclip.serving.drawing.service import Caller
 from unclip.serving.groups import Shown
 from unclip.serving.messages import events
+from unclip.serving.messages.schemas import GenerationBody
 
 PROMPT = "a red heart"
 STAGES = ["prior", "decoder", "upsampler_256", "upsampler_1024"]
@@ -115,6 +120,23 @@ def test_who_closes_a_stream_ends_the_work_within_a_step(app: RunningApp) -> Non
             next(lines)
             held.wait()
         _assert_ended(app, held, before, pictures=3)
+
+
+def test_who_does_not_read_keeps_no_place(app: RunningApp) -> None:
+    _idle(app)
+    body = GenerationBody(prompt=PROMPT, n=2, stream=True, partial_images=3)
+    order = orders.generation(body, app.service.models.current, app.service.config.limits)
+    stream = app.service.stream(order, Caller(None, "http://here/"))
+
+    def told(coming: Coroutine[Any, Any, events.Event]) -> events.Event:
+        return asyncio.run_coroutine_threadsafe(coming, app.loop).result(30)
+
+    assert told(anext(stream)) is events.HERE
+    wait_until(lambda: app.service.admission.in_flight == 0)
+    names = [told(anext(stream)).name for _ in range(8)]
+    assert names.count("image_generation.completed") == 2
+    assert names.count("image_generation.partial_image") == 6
+    asyncio.run_coroutine_threadsafe(stream.aclose(), app.loop).result(30)
 
 
 def test_who_hangs_up_without_a_stream_ends_the_work_within_a_step(app: RunningApp) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import struct
 import threading
 import zlib
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unclip.serving.errors import ApiError, InvalidRequest, TooLarge
+from unclip.serving.guards import uploads as module
 from unclip.serving.guards.uploads import BodyLimit, Upload, read_keep, read_picture, square, square_keep
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
@@ -332,8 +335,39 @@ def test_no_more_is_taken_than_the_limit() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    coroutine = BodyLimit(reader, limit=LIMIT)({"type": "http", "path": "/", "headers": []}, endless, send)
-    with pytest.raises(StopIteration):
-        coroutine.send(None)
+    asyncio.run(BodyLimit(reader, limit=LIMIT)({"type": "http", "path": "/", "headers": []}, endless, send))
     assert (seen, next(parts)) == ([1000] * 4, 5)
     assert sent[0]["status"] == 413
+
+
+def test_bodies_that_trickle_are_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=10)
+    with closing(connection):
+        connection.putrequest("POST", "/raw")
+        connection.putheader("content-length", "100")
+        connection.endheaders(b"a")
+        answer = connection.getresponse()
+        assert answer.status == 504
+        assert json.loads(answer.read())["error"]["code"] == "timeout"
+
+
+def test_who_is_fast_enough_has_time_and_answers_may_take_longer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "_LEAST_RATE", 512)
+
+    async def slowly(scope: Any, receive: Any, send: Any) -> None:
+        parts = [await receive() for _ in range(3)]
+        await asyncio.sleep(0.05)
+        gone = await receive()
+        assert [len(part["body"]) for part in parts] == [1024, 1024, 0]
+        assert gone["type"] == "http.disconnect"
+
+    parts = [{"type": "http.request", "body": bytes(1024), "more_body": True} for _ in range(2)]
+    coming = iter([*parts, {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(coming)
+
+    asyncio.run(BodyLimit(slowly, limit=LIMIT)({"type": "http", "path": "/", "headers": []}, receive, None))
+    assert next(coming, None) is None

@@ -132,6 +132,18 @@ def test_putting_sweeps_now_and_then(tmp_path: Path) -> None:
     assert old.exists()
 
 
+def test_what_a_sweep_leaves_the_next_picture_has_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REMOVED", 2)
+    for letter in "abc":
+        (tmp_path / expired_name(1, letter)).write_bytes(b"old")
+    store = PictureStore(str(tmp_path), 60)
+    names = []
+    for left in (1, 0):
+        names.append(store.put(b"", "png"))
+        wait_for_sweeps()
+        assert len(os.listdir(tmp_path)) == len(names) + left
+
+
 def test_pictures_on_an_object_store() -> None:
     with object_store() as place:
         store = PictureStore(f"{place.uri}/pictures", 60)

@@ -158,10 +158,14 @@ def test_an_error_ends_its_call_alone(clip: CountedClip, encoder: ClipEncoder) -
 def test_a_dead_thread_ends_all_and_takes_nothing_on(clip: CountedClip, encoder: ClipEncoder) -> None:
     clip.error = SystemExit("gone")
     first, waiting = held(clip, encoder), encoder.texts(["another"])
+    alive: list[bool] = []
+    for future in (first, waiting):
+        future.add_done_callback(lambda _: alive.append(encoder.is_alive))
     clip.open.set()
     for future in (first, waiting):
         with pytest.raises(EngineStoppedError, match="thread died"):
             future.result(SOON)
+    assert alive == [False, False]
     assert not encoder.is_alive
     with pytest.raises(EngineStoppedError):
         encoder.texts(["late"])

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.serving.config import STAGES, GroupStage, ServeConfig
 from unclip.serving.groups import Call, Shown, UnknownRevisionError
 from unclip.serving.observe.meters import MemoryMeters
+from unclip.serving.stages import group as group_module
 from unclip.serving.stages.group import LocalGroup, UnhealthyError
 
 SOON = 60.0
@@ -79,7 +80,7 @@ def test_pictures_are_those_of_the_pipeline(tiny_bundle: str) -> None:
             results = await asyncio.gather(
                 *(group.generate(call(Request(prompt="two dogs", seed=seed))) for seed in range(3))
             )
-            assert group.metrics().finished == 3
+            await until(lambda: group.metrics().finished == 3)  # published after the step
             assert group.queued_steps() == 0
             await group.check_health()
         expected = pipeline(["two dogs"] * 3, [0, 1, 2]).images
@@ -300,6 +301,75 @@ def test_a_broken_device_is_an_illness(tiny_bundle: str) -> None:
                 await group.check_health()
 
     asyncio.run(main())
+
+
+def test_who_asks_meanwhile_waits_for_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is at work answers late, and anybody may ask `GET /health`: that is no illness."""
+    asked, answers = [], threading.Event()
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            asked.append(device)
+
+        def synchronize(self) -> None:
+            assert answers.wait(SOON)
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+    async def main() -> None:
+        health = group_module._Health(torch.device("cuda"), 60.0)
+        checks = [asyncio.create_task(health.check_device()) for _ in range(3)]
+        await until(lambda: bool(asked))
+        answers.set()
+        await asyncio.gather(*checks)
+        await health.check_device()
+        assert len(asked) == 2
+
+        answers.clear()
+        monkeypatch.setattr(group_module, "_DEVICE_SECONDS", 0.05)
+        for _ in range(2):
+            with pytest.raises(UnhealthyError, match="has not answered"):
+                await health.check_device()
+        assert len(asked) == 3
+        answers.set()
+        await health._asking
+
+    asyncio.run(main())
+
+
+def test_weights_that_come_back_begin_anew(tiny_bundle: str) -> None:
+    """Their first step is not looked for since they were there before."""
+
+    async def main() -> None:
+        async with running(tiny_bundle, limits={"stalled_s": 0.2}) as (group, _):
+            bundle, health = Bundle.load(tiny_bundle), group._health
+            for _ in range(2):
+                revision = group._revisions._loader.load(bundle, None)
+                revision.worker._engine.step = lambda: time.sleep(0.001)
+                revision.tickets.add(revision.worker.submit(Request(prompt="two dogs")))
+                health.check_revision(revision)
+                revision.close()
+                await asyncio.sleep(0.25)
+
+    asyncio.run(main())
+
+
+def test_a_group_on_the_cpu_asks_no_gpu_for_its_memory(tiny_bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking takes hundreds of MB of each."""
+    asked = []
+    monkeypatch.setattr(group_module, "publish_devices", asked.append)
+
+    async def main() -> None:
+        meters = MemoryMeters()
+        async with running(tiny_bundle, meters=meters):
+            await until(lambda: meters.value("unclip_serve_slots") > 0)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    assert not asked
 
 
 @contextmanager

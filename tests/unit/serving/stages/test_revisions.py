@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -179,6 +180,37 @@ def test_the_bundle_that_is_there_is_not_loaded_again(tiny_bundle: str, other: s
             await group.load(other)
             assert group._revisions.held == first
             assert group._revisions.current.digest == Bundle.load(other).digest
+
+    asyncio.run(main())
+
+
+def test_weights_that_are_asked_for_stay_when_a_third_bundle_comes(
+    tiny_bundle: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another group has refused the second one, so that nobody ever asked for it."""
+
+    async def main() -> None:
+        old, third = Bundle.load(tiny_bundle).digest, save_with_other_weights(tiny_bundle, tmp_path / "third", seed=7)
+        async with serving(tiny_bundle, idle_s=0.1) as (group, _, _):
+            await group.generate(Call(asked(0), old))
+            await group.load(other)
+            revisions, may_load = group._revisions, threading.Event()
+            load = Loader.load
+
+            def late(self: Loader, bundle: Bundle, beside: Revision | None) -> Revision:
+                assert may_load.wait(SOON)
+                return load(self, bundle, beside)
+
+            monkeypatch.setattr(Loader, "load", late)
+            loading = asyncio.create_task(group.load(third))
+            await until(lambda: revisions.is_changing and len(revisions.held) == 1)
+            assert (await group.generate(Call(asked(0), old))).images
+            may_load.set()
+            await loading
+            assert [revision.digest for revision in revisions.held] == [old, Bundle.load(third).digest]
+            assert revisions.current.digest == Bundle.load(third).digest
+            await group.generate(Call(asked(0), Bundle.load(third).digest))
+            await until(lambda: len(revisions.held) == 1)
 
     asyncio.run(main())
 
