@@ -42,6 +42,7 @@ class ThreadRunner:
         self.folder, self.before_unit = BatchFolder(folder), before_unit
         self.started: list[str] = []
         self.threads: dict[str, threading.Thread] = {}
+        self.makings: list[ThreadMaking] = []
 
     def start(self, batch_id: str) -> None:
         if batch_id not in self.threads or not self.threads[batch_id].is_alive():
@@ -50,14 +51,18 @@ class ThreadRunner:
             self.threads[batch_id].start()
 
     def work(self, batch_id: str) -> None:
-        BatchWork(self.folder, batch_id, lambda job: ThreadMaking(job, self.before_unit), Encoder(None)).run()
+        BatchWork(self.folder, batch_id, self._making, Encoder(None)).run()
+
+    def _making(self, job: GenerateConfig) -> ThreadMaking:
+        self.makings.append(ThreadMaking(job, self.before_unit))
+        return self.makings[-1]
 
 
 class ThreadMaking:
     """The bulk job in a thread."""
 
     def __init__(self, job: GenerateConfig, before_unit: Callable[[], None]) -> None:
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._make, args=[job, before_unit])
         self._thread.start()
@@ -69,7 +74,7 @@ class ThreadMaking:
         return not self._thread.is_alive()
 
     def stop(self) -> None:
-        self._stopped.set()
+        self.stopped.set()
         self._thread.join()
 
     def _make(self, config: GenerateConfig, before_unit: Callable[[], None]) -> None:
@@ -81,7 +86,7 @@ class ThreadMaking:
             try:
                 for unit in units:
                     before_unit()
-                    if self._stopped.is_set():
+                    if self.stopped.is_set():
                         return
                     maker.process(unit)
             finally:

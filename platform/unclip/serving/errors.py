@@ -31,6 +31,11 @@ class ApiError(Exception):
         """The JSON object of the answer."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
 
 class InvalidRequest(ApiError):
     """A field is missing, of another kind, or outside of what the model can do."""
@@ -50,6 +55,10 @@ class Unauthorized(ApiError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="invalid_api_key")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
 
 
 class NotFound(ApiError):

@@ -39,9 +39,17 @@ _FORM_ROOM = 2**20
 
 
 class MethodNotAllowed(ApiError):
-    """There is something at the path, but not by this method."""
+    """There is something at the path, but not by this method; `allowed` are those that may be used."""
 
     status = 405
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        super().__init__(message, code="method_not_allowed")
+        self._allowed = allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"allow": self._allowed}
 
 
 def create_app(service: Service, *, batches: Batches | None = None) -> FastAPI:
@@ -88,7 +96,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         raise NotFound(f"there is nothing at {request.url.path[:200]}", code="not_found")
     if error.status_code == 405:
-        raise MethodNotAllowed(f"{request.method} is not allowed here", code="method_not_allowed")
+        raise MethodNotAllowed(f"{request.method} is not allowed here", allowed=(error.headers or {})["Allow"])
     raise InvalidRequest(str(error.detail))
 
 

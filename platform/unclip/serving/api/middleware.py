@@ -122,10 +122,7 @@ class _Answer:
 
 def error_response(error: ApiError) -> Response:
     """OpenAI's error object."""
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error.body, error.status, headers)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 def told(error: ApiError, cause: BaseException | None, meters: Meters) -> None:

@@ -12,10 +12,13 @@ import torch
 from unclip.data.decode import Picture
 from unclip.serving.drawing.service import Caller, Service
 from unclip.serving.drawing.studio import Studio
-from unclip.serving.errors import InvalidRequest
+from unclip.serving.errors import InvalidRequest, TooLarge
 from unclip.serving.guards.uploads import square
 from unclip.serving.messages.answers import Embedding, EmbeddingsAnswer
 from unclip.serving.messages.schemas import MAX_INPUT_CHARACTERS, MAX_INPUTS, PROMPT_CHARACTERS, EmbeddingBody
+
+_PICTURES = 4
+"""Largest pictures that those of a request may come to together."""
 
 
 async def embed(service: Service, body: EmbeddingBody, caller: Caller) -> EmbeddingsAnswer:
@@ -32,8 +35,7 @@ async def embed(service: Service, body: EmbeddingBody, caller: Caller) -> Embedd
         async with asyncio.timeout_at(studio.ends):
             parts = [await studio.text_embeds(texts)] if texts else []
             if pictures:
-                squares = [await _square(studio, index, sent, side) for index, sent in enumerate(pictures)]
-                parts.append(await studio.picture_embeds(squares))
+                parts.append(await studio.picture_embeds(await _squares(studio, pictures, side)))
     rows = torch.cat(parts)
     return EmbeddingsAnswer(
         data=[Embedding(index=index, embedding=_shown(row, body)) for index, row in enumerate(rows)],
@@ -57,14 +59,23 @@ def _check(texts: Sequence[str], pictures: Sequence[str]) -> None:
         raise InvalidRequest(message, code="invalid_value", param="input")
 
 
-async def _square(studio: Studio, index: int, sent: str, side: int) -> Picture:
-    field = f"images.{index}"
-    try:
-        content = base64.b64decode(sent, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest(f"{field}: not base64", code="invalid_image", param=field) from None
-    upload = await studio.read(content, field)
-    return await asyncio.to_thread(square, upload.pixels, side)
+async def _squares(studio: Studio, pictures: Sequence[str], side: int) -> list[Picture]:
+    """Small files may be large pictures, so that their pixels count together."""
+    squares, left = list[Picture](), _PICTURES * studio.max_pixels
+    for index, sent in enumerate(pictures):
+        field = f"images.{index}"
+        try:
+            content = base64.b64decode(sent, validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidRequest(f"{field}: not base64", code="invalid_image", param=field) from None
+        pixels = (await studio.read(content, field)).pixels
+        left -= pixels.shape[0] * pixels.shape[1]
+        if left < 0:
+            most = _PICTURES * studio.max_pixels
+            message = f"{field}: with those before it there are more than {most} pixels"
+            raise TooLarge(message, code="request_too_large", param="images")
+        squares.append(await asyncio.to_thread(square, pixels, side))
+    return squares
 
 
 def _shown(row: torch.Tensor, body: EmbeddingBody) -> list[float] | str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -209,6 +211,40 @@ def test_requests_that_are_none(
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
     assert error.keys() == {"message", "type", "param", "code"}
     assert code is None or error["code"] == code
+
+
+def test_a_wrong_method_is_told_the_right_ones(app: RunningApp) -> None:
+    assert httpx.get(app.url + GENERATIONS).headers["allow"] == "POST"
+    health = httpx.head(f"{app.url}/health")
+    assert (health.status_code, health.content) == (200, b"")
+
+
+def test_pictures_of_one_request_count_together(guarded: RunningApp, client: OpenAI) -> None:
+    """Each may have 100 pixels, and all of them four times as many."""
+    picture = base64.b64encode(png_of(np.zeros((10, 10, 3), dtype=np.uint8))).decode()
+    sent = {"model": "unclip", "input": []}
+    assert len(client.embeddings.create(**sent, extra_body={"images": [picture] * 4}).data) == 4
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.embeddings.create(**sent, extra_body={"images": [picture] * 5})
+    assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
+
+
+def test_many_who_ask_for_health_are_one_check(app: RunningApp) -> None:
+    asked: list[int] = []
+
+    async def check() -> None:
+        asked.append(1)
+        raise RuntimeError("broken")
+
+    async def answers() -> list[httpx.Response]:
+        broken = httpx.ASGITransport(create_app(replace(app.service, checks=[check])))
+        async with httpx.AsyncClient(transport=broken, base_url="http://here") as client:
+            return list(await asyncio.gather(*(client.get("/health") for _ in range(100))))
+
+    found = asyncio.run(answers())
+    assert [answer.status_code for answer in found] == [503] * 100
+    assert found[0].json() == {"status": "failing", "reasons": ["RuntimeError: broken"]}
+    assert len(asked) < 50
 
 
 def test_answers_name_their_request_and_guard_themselves(app: RunningApp) -> None:

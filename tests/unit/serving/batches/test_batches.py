@@ -209,7 +209,8 @@ def test_cancelling_hands_out_what_is_done(config: ServeConfig) -> None:
             assert go_on.wait(60)
 
     names = [str(number) for number in range(8)]
-    with server(config, ThreadRunner(str(config.batches.folder), before_unit)) as client:
+    runner = ThreadRunner(str(config.batches.folder), before_unit)
+    with server(config, runner) as client:
         batch = submit(client, [line(name, prompt=name) for name in names])
         assert first_unit_done.wait(60)
         running = wait_for(
@@ -217,6 +218,7 @@ def test_cancelling_hands_out_what_is_done(config: ServeConfig) -> None:
         )
         assert (running.status, running.request_counts.completed) == ("in_progress", 2)
         assert client.batches.cancel(batch.id).status == "cancelling"
+        assert runner.makings[0].stopped.wait(60)
         go_on.set()
         batch = wait_for(client, batch.id)
         assert (batch.status, batch.completed_at) == ("cancelled", None)
