@@ -20,7 +20,8 @@ DUMMY_CAPTION = "a photo"
 """Stands for a picture whose caption is not known."""
 MAX_THETA = 0.5
 """§3.3 ends between 0.25 and 0.5 of the way."""
-_LEAST_DIFFERENCE = 1e-3
+LEAST_DIFFERENCE = 1e-3
+"""Of two captions' embeddings: below it the direction between them is rounding."""
 
 
 def thetas(frames: int, max_theta: float = MAX_THETA) -> list[float]:
@@ -36,7 +37,7 @@ def direction(pipeline: Pipeline, target: str, source: str | None = DUMMY_CAPTIO
     difference = pipeline.encode_text([target])
     if source is not None:
         difference = difference - pipeline.encode_text([source])
-    if float(difference.norm()) < _LEAST_DIFFERENCE:
+    if float(difference.norm()) < LEAST_DIFFERENCE:
         raise ConfigError(f"target = {target!r}: means the same to CLIP as the source caption, {source!r}")
     return functional.normalize(difference, dim=1)
 

@@ -21,7 +21,7 @@ from unclip.pipelines.inversion import deterministic
 from unclip.pipelines.known import KnownPixels, known_at
 from unclip.pipelines.manipulations.inpainting import FEATHER
 from unclip.pipelines.manipulations.sphere import slerp
-from unclip.pipelines.manipulations.text_diff import DUMMY_CAPTION, MAX_THETA, thetas
+from unclip.pipelines.manipulations.text_diff import DUMMY_CAPTION, LEAST_DIFFERENCE, MAX_THETA, thetas
 from unclip.serving.config import LimitsConfig
 from unclip.serving.drawing.orders import (
     Kind,
@@ -42,9 +42,6 @@ from unclip.serving.errors import InvalidRequest
 from unclip.serving.guards.uploads import Upload, read_keep, square, square_keep
 from unclip.serving.messages.schemas import DrawingBody, EditBody, InterpolationBody, TextDiffBody, VariationBody
 from unclip.serving.stages.model import Model
-
-_LEAST_DIFFERENCE = 1e-3
-"""As `unclip.pipelines.manipulations.text_diff`: below it a direction is rounding."""
 
 
 def edit(body: EditBody, image: bytes, mask: bytes | None, model: Model, limits: LimitsConfig) -> Order:
@@ -212,7 +209,7 @@ def _known(upload: Upload, cover: Upload, sides: Sequence[int]) -> tuple[Picture
 def _direction(text_embeds: torch.Tensor) -> torch.Tensor:
     """z_d (1, D) of unit norm: from the second text, where there is one, to the first."""
     difference = text_embeds[:1] - text_embeds[1:].sum(0, keepdim=True)
-    if float(difference.norm()) < _LEAST_DIFFERENCE:
+    if float(difference.norm()) < LEAST_DIFFERENCE:
         message = "prompt: means the same to CLIP as source_prompt"
         raise InvalidRequest(message, code="invalid_value", param="prompt")
     return functional.normalize(difference, dim=1)
