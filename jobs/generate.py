@@ -33,6 +33,7 @@ def _generate(config: GenerateConfig, *, dry_run: bool) -> None:
             "{candidates} images in {seconds} s, {images_per_s} images/s, {gpu_hours} GPU-hours, {cpu_hours} CPU-hours"
         )
         print(figures.format(**submission))
+        print(f"cost: {facts['cost']['text']}")
     if counts["pictures"]:
         print(f"{config.out}/grid.png")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,19 @@ def test_a_worker_has_to_fit_one_node() -> None:
     assert (
         what_is_missing(demand(3, gpus=4), [Node(64, 8), Node(64, 2)]) == "only 2 of 3 workers find a place on a node"
     )
+
+
+def test_only_nodes_with_the_labels_hold_workers_and_gpus_and_any_node_the_stream() -> None:
+    nodes = [Node(8, 4, {"unclip/group": "train"}), Node(8, 4, {"unclip/group": "serve"}), Node(8, 0)]
+    labelled = replace(demand(4, gpus=1, data_cpus=20), labels={"unclip/group": "train"})
+    assert what_is_missing(labelled, nodes) is None
+    five = replace(labelled, workers=5)
+    assert what_is_missing(five, nodes) == "only 4 of 5 workers find a place on a node"
+    assert what_is_missing(replace(five, data_cpus=1, labels={}), nodes) is None
+    clip = replace(labelled, workers=3, clip_actors=2, clip_actor=Node(0, 1))
+    assert what_is_missing(clip, nodes) == "1 GPUs are missing"
+    text = preflight.explain("x", five, nodes)
+    assert "workers use those with unclip/group=train only: 8 CPUs, 4 GPUs on 1 nodes" in text
 
 
 def test_strict_placements() -> None:
@@ -72,13 +86,25 @@ def test_clip_actors_count() -> None:
     ],
 )
 def test_makers_are_as_many_as_gpus_hold(asked: int | None, maker: Node, nodes: list[Node], count: int) -> None:
-    assert preflight.fit_makers(asked, maker, nodes) == count
+    assert preflight.fit_makers(asked, maker, nodes, {}) == count
 
 
 def test_makers_that_do_not_fit_are_refused_with_a_number_that_does() -> None:
     with pytest.raises(PreflightError, match=r"3 of 4 actors find a place.*\n.*= 8 CPUs, 4 GPUs") as refused:
-        preflight.fit_makers(4, Node(2, 1), [Node(64, 2), Node(4, 1)])
+        preflight.fit_makers(4, Node(2, 1), [Node(64, 2), Node(4, 1)], {})
     assert "68 CPUs, 3 GPUs on 2 nodes, the largest with 64 CPUs, 2 GPUs" in str(refused.value)
     assert "--set actors=3" in str(refused.value)
     with pytest.raises(PreflightError, match="0 of 1 actors find a place"):
-        preflight.fit_makers(None, Node(1, 1), [Node(4, 0)])
+        preflight.fit_makers(None, Node(1, 1), [Node(4, 0)], {})
+
+
+def test_labels_that_no_node_has_are_what_is_to_be_corrected() -> None:
+    labels, nodes = {"unclip/group": "tarin"}, [Node(8, 4, {"unclip/group": "train"})]
+    with pytest.raises(PreflightError) as refused:
+        preflight.fit_makers(2, Node(1, 1), nodes, labels)
+    run = preflight.explain("x", replace(demand(2, gpus=1), labels=labels), nodes)
+    for text, who in ((str(refused.value), "actors"), (run, "workers")):
+        assert f"{who} use those with unclip/group=tarin only: 0 CPUs on 0 nodes" in text
+        assert text.endswith(
+            "no node has the labels that node_labels asks for: correct it, or start nodes with --labels=unclip/group=tarin"
+        )

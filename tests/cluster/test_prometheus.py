@@ -30,6 +30,37 @@ def test_the_newest_values_can_be_scraped() -> None:
     assert values["ray_unclip_validation_loss_t_0_250"] == 0.75
 
 
+def test_what_alerts_go_by_stays_as_long_as_the_run() -> None:
+    """A run that stalls sets no gauge, and Ray drops those that are not set for 20 s."""
+    began = time.time()
+    view = PrometheusView()
+    limits = {"loop": {"stall_limit_s": 77.0}, "cost": {"budget": 5.0}}
+    view.open(run_config("runs/stalled").merged(limits))
+    failed = record(40, checkpoint_step=20, checkpoint_error="checkpoint of step 30: the disk is full")
+    reasons = ("the process died", "CUDA error: unspecified launch failure", "CUDA out of memory")
+    restarts = (restart(10), *(restart(20, reason) for reason in reasons))
+    cost = {"gpu_hours": 1.5, "cpu_hours": 3.0, "dollars": None}
+    view.show(News(records=(failed,), restarts=restarts, cost=cost))
+    time.sleep(30.0)
+    values = scraped('run="runs/stalled"', "ray_unclip_train_gpu_hours")
+    expected = {
+        "stall_limit_seconds": 77.0,
+        "checkpoint_every_seconds": run_config("runs/stalled").loop.checkpoint_every_s,
+        "checkpoint_failed": 1.0,
+        "restarts": 4.0,
+        "failures_in_a_row": 3.0,
+        "gpu_failures": 1.0,
+        "gpu_hours": 1.5,
+        "cpu_hours": 3.0,
+        "budget_dollars": 5.0,
+    }
+    assert {name: values[f"ray_unclip_train_{name}"] for name in expected} == expected
+    for what in ("step", "checkpoint"):
+        assert began <= values[f"ray_unclip_train_newest_{what}_time_seconds"] < began + 10
+    assert "ray_unclip_train_cost_dollars" not in values
+    view.close()
+
+
 def scraped(tag: str, awaited: str) -> dict[str, float]:
     """Values of the gauges with that tag, as soon as the awaited one is among them."""
     node = ray.nodes()[0]

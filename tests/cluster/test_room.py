@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from unclip.cluster import room, session
+from unclip.cluster.autoscaler import Bundle
 from unclip.cluster.preflight import NOTHING, Demand, Node, PreflightError
-from unclip.cluster.room import free_nodes, largest_that_fits, wait_for_room
+from unclip.cluster.room import bundles, free_nodes, largest_that_fits, wait_for_room
 from unclip.recipes import RECIPES
 
 
@@ -33,6 +34,25 @@ def test_the_largest_number_that_nodes_hold() -> None:
     assert largest_that_fits((8, 4, 2), demand(gpus=1), nodes, placement="STRICT_SPREAD") == 2
     assert largest_that_fits((8, 4), demand(gpus=4), nodes, placement="PACK") is None
     assert largest_that_fits((16, 8), demand(data_cpus=8), nodes, placement="PACK") == 8
+
+
+def test_what_is_asked_of_an_autoscaler() -> None:
+    labels = {"unclip/group": "train"}
+    claims = Demand(2, Node(3, 1), data_cpus=2, clip_actors=1, clip_actor=Node(0, 0.5), labels=labels)
+    worker, data = Bundle({"CPU": 3, "GPU": 1}, labels), Bundle({"CPU": 1})
+    clip = Bundle({"GPU": 0.5}, labels)
+    assert bundles(claims, "PACK") == ([worker, worker, data, data, clip], "PACK")
+    assert bundles(claims, "STRICT_SPREAD") == ([worker, worker], "STRICT_SPREAD")
+    assert bundles(claims, "STRICT_PACK") == ([Bundle({"CPU": 6, "GPU": 2}, labels), data, data, clip], "PACK")
+
+
+@pytest.mark.parametrize("placement", ["PACK", "STRICT_PACK"])
+def test_workers_without_gpus_are_asked_for_by_their_labels_and_data_anywhere(placement: str) -> None:
+    labels = {"unclip/group": "train"}
+    claims = Demand(2, Node(1, 0), data_cpus=1, clip_actors=1, clip_actor=Node(1, 0), labels=labels)
+    asked, _ = bundles(claims, placement)
+    assert sum(bundle.resources["CPU"] for bundle in asked if bundle.labels == labels) == 2
+    assert sum(bundle.resources["CPU"] for bundle in asked if not bundle.labels) == 2
 
 
 def test_numbers_of_workers_share_the_batch_in_whole_micro_batches() -> None:

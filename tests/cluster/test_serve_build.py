@@ -78,6 +78,23 @@ def test_unknown_fields_are_named() -> None:
         read_args({"limits.picturs": "4"})
 
 
+def test_addresses_may_name_what_the_environment_has(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE", f"{Path(bundle).parent}/")
+    args = {
+        "bundle": f"${{STORE}}/{Path(bundle).name}",
+        "keys": "$STORE/keys.json",
+        "pictures": {"folder": "s3://b/$STORE"},
+    }
+    ingress = _deployments(args)["Ingress"]
+    assert ingress.user_config == {"bundle": bundle}
+    config = ingress.init_args[0]
+    assert (config.bundle, config.keys) == (bundle, f"{Path(bundle).parent}/keys.json")
+    assert config.pictures.folder == f"s3://b/{Path(bundle).parent}"
+    monkeypatch.delenv("STORE")
+    with pytest.raises(RayServeException, match=r"STORE\}/.*': STORE is not set"):
+        build(args)
+
+
 def test_one_process_holds_all_stages(bundle: str) -> None:
     args = {"bundle": bundle, "ingress.num_gpus": "0.5", "ingress.max_connections": 77, "limits.timeout_s": 50}
     [(name, ingress)] = _deployments(args).items()

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 import venv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.support.cluster import once, step_of
+from tests.support.ray_nodes import ray, ray_nodes, user_environment
 
 from unclip.training.run_folder import RunFolder
 
@@ -38,38 +32,23 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
-    """A head node with its dashboard, and the environment that clients need."""
-    port, dashboard = _free_port(), _free_port()
-    environment = _clean_environment(bare_python) | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_worker_niceness": "0",
-    }
-    command = [str(bare_python), "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--object-store-memory=300000000"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={_free_port()}"]
-    command += [f"--dashboard-agent-listen-port={_free_port()}"]  # jobs start there; its fixed default may be taken
-    head_environment = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
-    log = (tmp_path_factory.mktemp("head") / "log.txt").open("w")
-    head = subprocess.Popen(command, env=head_environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_for_dashboard(environment, head)
-        yield environment
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
+    """A head node, and the environment that clients need."""
+    with ray_nodes(bare_python, tmp_path_factory.mktemp("nodes"), head_cpus=4) as clients:
+        yield clients
 
 
 def test_unclip_is_not_in_the_clusters_environment(bare_python: Path) -> None:
     command = [str(bare_python), "-c", "import ray, torch; import unclip"]
-    environment = _clean_environment(bare_python)
+    environment = user_environment(bare_python)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert "No module named 'unclip'" in done.stderr
+
+
+def test_without_the_token_nobody_gets_in(bare_python: Path, cluster: Mapping[str, str]) -> None:
+    stranger = {name: value for name, value in cluster.items() if not name.startswith("RAY_AUTH")}
+    done = _submit(bare_python, stranger | {"RAY_AUTH_MODE": "disabled"}, ["true"])
+    assert done.returncode != 0
+    assert "401" in done.stdout + done.stderr
 
 
 def test_a_stage_is_trained_by_a_submitted_job(
@@ -114,35 +93,6 @@ def _kill(setting: str) -> None:
             process.kill()
 
 
-def _clean_environment(python: Path) -> dict[str, str]:
-    """As a user's shell has it: nothing of another Ray, and no path to this repository."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH", "AWS_"))}
-    return kept | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
-
-
 def _submit(python: Path, environment: Mapping[str, str], job: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
-    command += ["--runtime-env", "jobs/runtime_env.yaml", "--", *job]
+    command = ray(python, "job", "submit", "--working-dir", ".", "--runtime-env", "jobs/runtime_env.yaml", "--", *job)
     return subprocess.run(command, cwd=REPOSITORY, env=dict(environment), capture_output=True, text=True, timeout=300)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _wait_for_dashboard(environment: Mapping[str, str], head: subprocess.Popen[bytes]) -> None:
-    request = urllib.request.Request(
-        f"{environment['RAY_ADDRESS']}/api/version",
-        headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"},
-    )
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            if time.monotonic() > deadline or head.poll() is not None:
-                raise
-            time.sleep(0.5)

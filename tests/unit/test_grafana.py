@@ -1,21 +1,20 @@
-"""The dashboard shows what the server measures, all of it, by names that Ray exports."""
+"""Dashboards are of one form; that of servers shows all that they measure, by names that Ray exports."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.monitoring import DASHBOARDS, queries
 
 from unclip.serving.observe.catalogue import CATALOGUE, Meter
 
-FILE = Path(__file__).parents[2] / "k8s" / "grafana" / "serving.json"
-DASHBOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
-QUERIES: list[str] = [target["expr"] for panel in PANELS for target in panel.get("targets", ())]
+QUERIES = [target["expr"] for panel in DASHBOARDS["serving"]["panels"] for target in panel.get("targets", ())]
+Dashboard = Mapping[str, Any]
+each_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
@@ -35,8 +34,7 @@ def meters_of(query: str) -> list[Meter]:
 
 def test_every_metric_on_it_is_in_the_catalogue() -> None:
     known = set().union(*map(exported, CATALOGUE))
-    assert QUERIES
-    for query in [*QUERIES, *(variable["definition"] for variable in variables("query"))]:
+    for query in queries("serving"):
         assert named(query)
         assert named(query) <= known, query
 
@@ -59,19 +57,21 @@ def test_queries_group_and_filter_by_labels_that_there_are(query: str) -> None:
         assert re.search(rf"rate\({name}(\{{[^}}]*\}})?\[\$__rate_interval\]\)", query), "counters are read as rates"
 
 
-def test_lines_are_named_by_what_the_query_groups_by() -> None:
-    for panel in PANELS:
+@each_dashboard
+def test_lines_are_named_by_what_the_query_groups_by(dashboard: Dashboard) -> None:
+    for panel in dashboard["panels"]:
         for target in panel.get("targets", ()):
             for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
                 assert re.search(rf"by \([^)]*\b{label}\b", target["expr"]), panel["title"]
 
 
-def test_panels_fill_the_grid_without_covering_each_other() -> None:
-    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    for panel in PANELS:
+@each_dashboard
+def test_panels_fill_the_grid_without_covering_each_other(dashboard: Dashboard) -> None:
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for panel in dashboard["panels"]:
         place = panel["gridPos"]
         assert 0 <= place["x"] < place["x"] + place["w"] <= 24
-    for first, second in combinations((panel["gridPos"] for panel in PANELS), 2):
+    for first, second in combinations((panel["gridPos"] for panel in dashboard["panels"]), 2):
         assert (
             first["x"] + first["w"] <= second["x"]
             or second["x"] + second["w"] <= first["x"]
@@ -80,31 +80,31 @@ def test_panels_fill_the_grid_without_covering_each_other() -> None:
         )
 
 
-def test_every_panel_says_what_it_shows_and_asks_the_chosen_source() -> None:
-    for panel in PANELS:
+@each_dashboard
+def test_every_panel_says_what_it_shows_and_asks_the_chosen_source(dashboard: Dashboard) -> None:
+    for panel in dashboard["panels"]:
         if "targets" in panel:
             assert panel["description"].endswith(".")
             assert panel["fieldConfig"]["defaults"]["unit"]
             assert all(
                 source == SOURCE for source in (panel["datasource"], *(t["datasource"] for t in panel["targets"]))
             )
-    assert [variable["name"] for variable in variables("datasource")] == ["datasource"]
-    assert set(re.findall(r"\$(\w+)", " ".join(QUERIES))) == {
-        "__rate_interval",
-        *(v["name"] for v in variables("query")),
-    }
+    assert [variable["name"] for variable in variables(dashboard, "datasource")] == ["datasource"]
+    used = set(re.findall(r"\$(\w+)", " ".join(queries(dashboard["uid"].removeprefix("unclip-")))))
+    assert used - {"__rate_interval"} == {variable["name"] for variable in variables(dashboard, "query")}
 
 
-def test_it_says_what_to_do_where_a_threshold_is_passed() -> None:
-    (text,) = (panel["options"]["content"] for panel in PANELS if panel["type"] == "text")
+@each_dashboard
+def test_it_says_what_to_do_where_a_threshold_is_passed(dashboard: Dashboard) -> None:
+    (text,) = (panel["options"]["content"] for panel in dashboard["panels"] if panel["type"] == "text")
     advised = {title.lower() for title in re.findall(r"^\| \*\*([^*]+)\*\*", text, re.MULTILINE)}
-    titles = {panel["title"].lower() for panel in PANELS}
+    titles = {panel["title"].lower() for panel in dashboard["panels"]}
     assert advised <= titles
-    for panel in PANELS:
+    for panel in dashboard["panels"]:
         thresholds = panel.get("fieldConfig", {}).get("defaults", {}).get("thresholds", {}).get("steps", ())
         assert len(thresholds) < 2 or panel["title"].lower() in advised
     assert {title.lower() for title in re.findall(r"\*([A-Z][^*|]+)\*", text)} <= titles | advised
 
 
-def variables(kind: str) -> list[dict[str, Any]]:
-    return [variable for variable in DASHBOARD["templating"]["list"] if variable["type"] == kind]
+def variables(dashboard: Dashboard, kind: str) -> list[dict[str, Any]]:
+    return [variable for variable in dashboard["templating"]["list"] if variable["type"] == kind]

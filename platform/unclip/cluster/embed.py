@@ -8,7 +8,7 @@ time. Last come the principal components, and the manifest with the CLIP's ident
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ from pydantic import Field
 from ray.data import TaskPoolStrategy
 
 from unclip.cluster import preflight, session, stream
+from unclip.cluster.failures import data_errors
+from unclip.cluster.prometheus import JobProgress
+from unclip.cluster.room import wait_for_nodes
 from unclip.config.base import Config, ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch, BatchSpec, make_batch
@@ -51,6 +54,8 @@ class EmbedConfig(Config):
     """CLIPs that work at once."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of each; 0 runs it on one CPU."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels of the nodes whose GPUs they may take: `{unclip/group: train}`; empty: all nodes."""
     microbatch: int = Field(default=MICROBATCH, ge=1, le=UNIT_ROWS)
     """Records that pass a CLIP at once."""
     data_cpus: int = Field(default=1, ge=1)
@@ -77,33 +82,21 @@ def run_embed(config: EmbedConfig, *, dry_run: bool = False) -> dict[str, Any]:
     storage.check_writable(folder.uri)
     resources = ResourcesConfig(
         cpus_per_worker=0.01, data_cpus=config.data_cpus, clip_actors=config.actors, clip_gpus=config.gpus, use_gpu="no"
-    )
+    ).merged({"node_labels": config.node_labels if config.gpus else {}})
     if dry_run:
         preflight.check_without_claiming(resources, clip_in_stream=True)
         return {"rows": manifest.rows, "clip": facts}
     if not is_complete:
         spec = BatchSpec(**clip_inputs(clip, config.clip))
-        with session.session(), _plain_errors():
+        with session.session(), data_errors():
             preflight.check_resources(resources, clip_in_stream=True)
+            demand = preflight.demand_of(resources, use_gpu=False, clip_in_stream=True)
+            wait_for_nodes(demand, wait_s=resources.wait_s)
             _embed_missing(config, folder, spec)
             folder.finish(facts, _statistics(folder))
     folder.clean()
     scan(folder.uri, ("id", "image_embed", "text_embed"))  # refuses shards that have been changed since
     return dict(storage.read_json(storage.join(folder.uri, FACTS_FILE)))
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """An error in the data as it is, without the layers that Ray puts around what tasks raise."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and type(cause) is not DataError:
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None or cause is error:
-            raise
-        raise cause from None
 
 
 def _embed_missing(config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec) -> None:
@@ -116,12 +109,16 @@ def _embed_missing(config: EmbedConfig, folder: EmbeddedFolder, spec: BatchSpec)
     rows_left = sum(folder.source.fragments[fragment].rows for fragment in missing)
     shards = _ShardWriters(folder, config.data_cpus)
     total = folder.source.rows
-    with progress_bar(total, "image", done=total - rows_left, title="embed") as bar:
+    with (
+        progress_bar(total, "image", done=total - rows_left, title="embed") as bar,
+        closing(JobProgress("embed", folder.uri)) as gauges,
+    ):
         for file in todo:
             if not left[file]:
                 shards.write(file)
         for part in _dataset(config, folder, spec, missing).iter_rows() if missing else ():
             bar.update(part["rows"])
+            gauges.show(bar.n, total)
             file = folder.source.fragments[part["fragment"]].file
             left[file].discard(part["name"])
             if not left[file]:
@@ -160,7 +157,12 @@ def _dataset(
 ) -> ray.data.Dataset:
     """One row for each part that was written."""
     pool = stream.ClipPool(
-        config.clip, config.actors, config.gpus, microbatch=config.microbatch, text_states=config.text_states
+        config.clip,
+        config.actors,
+        config.gpus,
+        microbatch=config.microbatch,
+        text_states=config.text_states,
+        node_labels=config.node_labels,
     )
     context = stream.data_context()
     context.execution_options.preserve_order = False  # tasks of many units would wait for their turn

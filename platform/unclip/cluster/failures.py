@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
@@ -24,6 +25,20 @@ _COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken 
 
 class RunFailed(RuntimeError):
     """A run ended before it was finished; the message says why, where it stands and what to do."""
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """An error in the data as it is, without the layers that Ray puts around what tasks raise."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) is not DataError:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
 
 
 def is_final(error: BaseException) -> bool:

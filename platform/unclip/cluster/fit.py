@@ -12,15 +12,17 @@ import ray.data
 import torch
 
 from unclip.cluster import preflight, session, stream
+from unclip.cluster.cost import Account, GroupMeter
 from unclip.cluster.group import Group
 from unclip.cluster.lease import Lease
-from unclip.cluster.preflight import NOTHING, Node
+from unclip.cluster.preflight import NOTHING, Demand, Node
 from unclip.cluster.prometheus import PrometheusView
 from unclip.cluster.restarts import Restarts
-from unclip.cluster.room import wait_for_room
+from unclip.cluster.room import Asking, may_come, wait_for_room
 from unclip.cluster.signals import ClusterSignals
 from unclip.cluster.train import run_workers
 from unclip.cluster.validate import Validator
+from unclip.config.resources import ResourcesConfig
 from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
 from unclip.training.loop import Trainer
@@ -90,25 +92,39 @@ def _train(prepared: PreparedRun, run: RunFolder, lease: Lease) -> dict[str, Any
     """Groups of workers until one has finished the run."""
     config = prepared.config
     restarts = Restarts(run, config.stage, config.resources.max_failures)
-    use_gpu = preflight.uses_gpu(config.resources, preflight.cluster_nodes())
+    use_gpu = _uses_gpu(config.resources)
+    meter = GroupMeter(Account(run.cost_uri, config.cost))
     with ExitStack() as stack:
         stack.enter_context(Reporter(config, extra_views=[PrometheusView()]))
         stack.enter_context(Validator(prepared))
-        return restarts.until_finished(partial(_attempt, prepared, restarts, lease, use_gpu=use_gpu))
+        return restarts.until_finished(partial(_attempt, prepared, restarts, lease, meter, use_gpu=use_gpu))
 
 
-def _attempt(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_gpu: bool) -> dict[str, Any]:
+def _uses_gpu(resources: ResourcesConfig) -> bool:
+    """`preflight.uses_gpu`, where an autoscaler may bring the GPUs."""
+    if preflight.uses_gpu(resources, preflight.cluster_nodes()):
+        return True
+    worker = preflight.demand_of(resources, use_gpu=True).worker
+    return resources.use_gpu == "auto" and may_come(Demand(1, worker, labels=resources.node_labels))
+
+
+def _attempt(
+    prepared: PreparedRun, restarts: Restarts, lease: Lease, meter: GroupMeter, *, use_gpu: bool
+) -> dict[str, Any]:
     """A group of workers and, where it finishes the run, what comes after; a store may be away then, too."""
-    summary = _run_group(prepared, restarts, lease, use_gpu=use_gpu)
+    summary = _run_group(prepared, restarts, lease, meter, use_gpu=use_gpu)
     if summary["stopped"] is None:
         summary["data"] = prepared.data_report(summary["samples_seen"])
+        summary["cost"] = meter.account.record()
         RunFolder(prepared.config.run).finish({name: value for name, value in summary.items() if name != "stopped"})
         if prepared.config.bundle is not None:
             publish(prepared)
     return summary
 
 
-def _run_group(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_gpu: bool) -> dict[str, Any]:
+def _run_group(
+    prepared: PreparedRun, restarts: Restarts, lease: Lease, meter: GroupMeter, *, use_gpu: bool
+) -> dict[str, Any]:
     """One group, of as many workers as there is room for, from the newest checkpoint on."""
     config, resources = prepared.config, prepared.config.resources
     newest = restarts.newest_checkpoint()
@@ -126,20 +142,29 @@ def _run_group(prepared: PreparedRun, restarts: Restarts, lease: Lease, *, use_g
     prepared = replace(prepared, config=config.for_workers(count))
     plan = _plan(prepared, newest)
 
-    def watch() -> None:
-        lease.check()
-        restarts.look(group)
+    larger_elsewhere = [] if placement == "STRICT_PACK" else more
+    workers = Demand(count, demand.worker, labels=demand.labels)
+    with (
+        meter.running(group, replace(demand, workers=count)) as count_hours,
+        Asking(larger_elsewhere, workers, placement=placement, there=count) as asking,
+    ):
 
-    restarts.begin(count)
-    return run_workers(
-        partial(_worker, config=prepared.config, plan=plan, newest=newest, signals=signals),
-        stream_factory=partial(_dataset, plan),
-        resources=prepared.config.resources,
-        use_gpu=use_gpu,
-        group=group,
-        collective_timeout_s=config.loop.stall_limit_s + COLLECTIVE_MARGIN_S,
-        watch=watch,
-    )
+        def watch() -> None:
+            lease.check()
+            restarts.look(group)
+            count_hours()
+            asking.look_now_and_then()
+
+        restarts.begin(count)
+        return run_workers(
+            partial(_worker, config=prepared.config, plan=plan, newest=newest, signals=signals),
+            stream_factory=partial(_dataset, plan),
+            resources=prepared.config.resources,
+            use_gpu=use_gpu,
+            group=group,
+            collective_timeout_s=config.loop.stall_limit_s + COLLECTIVE_MARGIN_S,
+            watch=watch,
+        )
 
 
 def _worker(
@@ -195,4 +220,5 @@ def _clip_pool(prepared: PreparedRun) -> stream.ClipPool | None:
         actors=config.resources.clip_actors,
         gpus=config.resources.clip_gpus,
         text_states="text_states" in config.objective.embedding_columns,
+        node_labels=config.resources.node_labels,
     )

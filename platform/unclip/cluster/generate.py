@@ -8,6 +8,7 @@ would wait for them without end with the units that were there; then a further r
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,13 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from unclip.cluster import preflight, session, stream
+from unclip.cluster import autoscaler, preflight, room, session, stream
+from unclip.cluster.cost import Account, Hours, gpu_kind
 from unclip.cluster.failures import RunFailed, describe
 from unclip.cluster.lease import Lease
 from unclip.cluster.makers import DRIVER_FILE, UNITS_AT_ONCE, Maker, Report, Sign, living_nodes, start_tally
-from unclip.cluster.preflight import Node
+from unclip.cluster.preflight import Demand, Node, PreflightError
+from unclip.cluster.prometheus import JobProgress
 from unclip.data.manifest import DataError
 from unclip.generation.bulk.config import GenerateConfig
 from unclip.generation.bulk.folder import MANIFEST
@@ -41,6 +44,8 @@ STRANDED_S = 30.0
 """Silence after which a round ends that has lost a node: nobody is left who could make what is missing."""
 ROOM_S = 1800.0
 """Longest wait for a node that holds a maker, when all such nodes are lost, and for an actor that is at work."""
+COST_FILE = "_cost.json"
+"""Hours that all submissions have claimed, in the folder of the pictures."""
 _LOOK_S = 1.0
 _RATE_S = 60.0
 _MOST_LOST_STARTS = 10
@@ -77,17 +82,46 @@ def _count_makers(job: BulkJob) -> int:
     if not session.joins_cluster():
         return _fit(job.config, preflight.local_nodes())[1]
     with session.session():
+        nodes = _nodes(job.config)
+        if autoscaler.grows():
+            return job.config.actors or _places_or_one(_maker(job.config, nodes), nodes)
         return _fit(job.config, preflight.cluster_nodes())[1]
 
 
-def _fit(config: GenerateConfig, nodes: Sequence[Node]) -> tuple[Node, int]:
-    """What a maker claims, and how many there will be."""
+def _nodes(config: GenerateConfig) -> list[Node]:
+    """The living nodes that the job may use."""
+    return [node for node in preflight.cluster_nodes() if node.has(config.node_labels)]
+
+
+def _maker(config: GenerateConfig, nodes: Sequence[Node]) -> Node:
+    """What a maker claims."""
     gpus = config.gpus_per_actor
     if gpus is None:
         wants_gpu = config.device == "auto" and any(node.gpus for node in nodes)
         gpus = 1.0 if wants_gpu or config.device.startswith("cuda") else 0.0
-    maker = Node(config.cpus_per_actor, gpus)
-    return maker, preflight.fit_makers(config.actors, maker, nodes)
+    return Node(config.cpus_per_actor, gpus)
+
+
+def _fit(config: GenerateConfig, nodes: Sequence[Node]) -> tuple[Node, int]:
+    """What a maker claims, and how many there will be, where more nodes do not come."""
+    maker = _maker(config, [node for node in nodes if node.has(config.node_labels)])
+    return maker, preflight.fit_makers(config.actors, maker, nodes, config.node_labels)
+
+
+def _fit_cluster(config: GenerateConfig) -> tuple[Node, int]:
+    """The same on the connected cluster, whose autoscaler may bring nodes."""
+    nodes = _nodes(config)
+    if not autoscaler.grows():
+        return _fit(config, preflight.cluster_nodes())
+    maker = _maker(config, nodes)
+    if not maker.gpus and config.gpus_per_actor is None and config.device == "auto":
+        with_gpu = Node(maker.cpus, 1.0)
+        maker = with_gpu if room.may_come(Demand(1, with_gpu, labels=config.node_labels)) else maker
+    return maker, config.actors or _places_or_one(maker, nodes)
+
+
+def _places_or_one(maker: Node, nodes: Sequence[Node]) -> int:
+    return max(1, preflight.places(maker, nodes) if maker.gpus else 1)
 
 
 def _make(job: BulkJob, units: Sequence[Unit], lease: Lease) -> dict[str, Any]:
@@ -95,7 +129,7 @@ def _make(job: BulkJob, units: Sequence[Unit], lease: Lease) -> dict[str, Any]:
     if not session.joins_cluster():  # this machine will not grow; nothing has to be started to know
         _fit(job.config, preflight.local_nodes())
     with session.session():
-        maker, wanted = _fit(job.config, preflight.cluster_nodes())
+        maker, wanted = _fit_cluster(job.config)
         with Progress(job, units, maker) as progress:
             rounds = _Rounds(job, lease, maker, progress)
             while units:
@@ -112,9 +146,11 @@ class _Rounds:
 
     def __init__(self, job: BulkJob, lease: Lease, maker: Node, progress: Progress) -> None:
         self._job, self._lease, self._maker, self._progress = job, lease, maker, progress
+        self._has_run = False
 
     def run(self, units: Sequence[Unit], count: int) -> bool:
         """Makes the units; whether some are left, since nodes are lost that had them. Raises `RunFailed`."""
+        self._has_run = True
         tally = start_tally()
         dataset = self._dataset(units, min(count, len(units)), tally)
         try:
@@ -135,21 +171,39 @@ class _Rounds:
         return False
 
     def wait_for_room(self, wanted: int) -> int:
-        """How many makers the nodes hold that are left, at most those wanted; waits for a first one."""
+        """How many makers to start: those that the nodes hold that are left, at most those wanted; waits for a first one.
+
+        Where there is an autoscaler it is asked for all, and they are started when no more come for a while: those that
+        have no room yet join as nodes do.
+        """
+        if autoscaler.grows():
+            self._ask_for_room(wanted)
+            return wanted
         deadline = time.monotonic() + ROOM_S
-        while not (room := preflight.places(self._maker, preflight.cluster_nodes())):
+        while not (there := preflight.places(self._maker, _nodes(self._job.config))):
             if time.monotonic() > deadline:
                 raise RunFailed(_goes_on(f"all nodes that hold a maker are lost, and in {ROOM_S:.0f} s none came"))
             self._lease.check()
             time.sleep(_LOOK_S)
-        return min(room, wanted)
+        return min(there, wanted)
+
+    def _ask_for_room(self, wanted: int) -> None:
+        demand = Demand(wanted, self._maker, labels=self._job.config.node_labels, who="actors")
+        counts = sorted({wanted, 1}, reverse=True)
+        try:
+            room.wait_for_room(counts, demand, placement="PACK", wait_s=ROOM_S, watch=self._lease.check)
+        except PreflightError as error:
+            if self._has_run:
+                raise RunFailed(_goes_on(str(error))) from error
+            raise
 
     def _dataset(self, units: Sequence[Unit], count: int, tally: Any) -> ray.data.Dataset:
         """One row for each unit that is done."""
         config, maker = self._job.config, self._maker
         if config.device == "auto":
             config = config.merged({"device": "cuda" if maker.gpus else "cpu"})
-        homes = sum(preflight.places(maker, [node]) > 0 for node in preflight.cluster_nodes())
+        places = [preflight.places(maker, [node]) for node in _nodes(config)]
+        homes = max(sum(there > 0 for there in places), math.ceil(count / max([1, *places])))  # nodes may still come
         context = stream.data_context()
         context.execution_options.preserve_order = False  # a slow unit would hold up the others
         context.execution_no_progress_timeout_s = -1  # a unit may take hours; the makers themselves say that they live
@@ -159,7 +213,7 @@ class _Rounds:
             dataset = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units))
             return dataset.map_batches(
                 Maker,
-                fn_constructor_args=(config, tally, max(1, round(count / max(homes, 1)))),
+                fn_constructor_args=(config, tally, max(1, round(count / homes))),
                 batch_size=None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(
@@ -169,6 +223,7 @@ class _Rounds:
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=maker.cpus,
+                label_selector=config.node_labels,
                 **({"num_gpus": maker.gpus} if maker.gpus else {}),
             )
 
@@ -237,7 +292,9 @@ class Progress:
         self._done = self._expected - sum(unit.rows for unit in missing) * job.config.candidates
         self._bar = progress_bar(self._expected, "image", done=self._done, title="generate")
         self._bar.bar_format = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]"
-        self._maker = maker
+        self._maker, self._kind = maker, ""
+        self._account = Account(storage.join(job.config.out, COST_FILE), job.config.cost)
+        self._gauges = JobProgress("generate", job.config.out, job.config.cost)
         self._signs: dict[str, Sign] = {}
         self._window: deque[tuple[float, int]] = deque()
         self._started = time.monotonic()
@@ -247,6 +304,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        self._gauges.close()
+        self._account.write()
 
     def show(self, report: Report) -> None:
         """What the makers have told by now."""
@@ -262,19 +321,22 @@ class Progress:
         parts += [self._hours(), f"{len(report.living)} at work"]
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
         self._bar.update(self._done + committed + under_way - self._bar.n)
+        self._account.show(self._claimed())
+        self._gauges.show(self._bar.n, self._bar.total)
+        self._gauges.cost(self._account.record())
 
     def summary(self) -> dict[str, Any]:
         """What the manifest says of this submission."""
-        seconds, drawn = time.monotonic() - self._started, self.drawn
-        hours = sum(sign.seconds for sign in self._signs.values()) / 3600
+        seconds, drawn, claimed = time.monotonic() - self._started, self.drawn, self._claimed()
         return {
             "submission": {
                 "seconds": round(seconds, 1),
                 "candidates": drawn,
                 "images_per_s": round(drawn / seconds, 3),
-                "gpu_hours": round(hours * self._maker.gpus, 4),
-                "cpu_hours": round(hours * self._maker.cpus, 4),
-            }
+                "gpu_hours": round(claimed.all_gpus, 4),
+                "cpu_hours": round(claimed.cpus, 4),
+            },
+            "cost": self._account.record(),
         }
 
     @property
@@ -290,10 +352,15 @@ class Progress:
         (began, first), (now, last) = self._window[0], self._window[-1]
         return (last - first) / (now - began) if now > began else 0.0
 
+    def _claimed(self) -> Hours:
+        """By the makers of this submission."""
+        if self._maker.gpus and not self._kind:
+            self._kind = gpu_kind()  # of nodes that may have come only now
+        return Hours.of(sum(sign.seconds for sign in self._signs.values()), self._maker, self._kind)
+
     def _hours(self) -> str:
-        hours = sum(sign.seconds for sign in self._signs.values()) / 3600
-        amount, kind = (self._maker.gpus, "GPU") if self._maker.gpus else (self._maker.cpus, "CPU")
-        return f"{hours * amount:.3g} {kind}-h"
+        claimed = self._claimed()
+        return f"{claimed.all_gpus:.3g} GPU-h" if self._maker.gpus else f"{claimed.cpus:.3g} CPU-h"
 
 
 def _duration(seconds: float) -> str:

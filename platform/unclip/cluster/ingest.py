@@ -12,14 +12,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import ray
 from pydantic import Field
 
-from unclip.cluster import ingest_tasks, preflight, session, tasks
+from unclip.cluster import autoscaler, ingest_tasks, preflight, session, tasks
 from unclip.cluster.ingest_tasks import Block, Facts, NumberedPart, Work
+from unclip.cluster.preflight import Demand, Node
+from unclip.cluster.prometheus import JobProgress
+from unclip.cluster.room import wait_for_nodes
 from unclip.config.base import Config, ConfigError
 from unclip.data.ingest.duplicates import DuplicatePolicy, find_duplicates
 from unclip.data.ingest.quarantine import QUARANTINE_FOLDER
@@ -33,6 +37,9 @@ from unclip.utils.progress import progress_bar
 
 SCHEMA_VERSION = 1
 _PLAN = "plan.json"
+_TASK = Demand(1, Node(1.0, 0.0), who="tasks")
+_WAIT_S = 1800.0
+"""Longest wait for a first CPU, where an autoscaler has to bring it."""
 _DUPLICATES = {"duplicate": "duplicates", "near_duplicate": "near_duplicates"}
 """What the counts call rows that are left out for these reasons; all others are quarantined."""
 
@@ -51,7 +58,8 @@ class IngestConfig(Config):
     shards: ShardPolicy = ShardPolicy()
     """How large the files are."""
     tasks: int = Field(default=0, ge=0)
-    """Tasks that run at once, one CPU each; 0 for as many as the cluster has CPUs."""
+    """Tasks that run at once, one CPU each; 0 for as many as the cluster has CPUs, or has by and by: where an autoscaler adds
+    nodes for what waits, it doubles them up to its limit."""
 
 
 def run_ingest(config: IngestConfig, *, dry_run: bool = False) -> Facts:
@@ -73,16 +81,18 @@ def run_ingest(config: IngestConfig, *, dry_run: bool = False) -> Facts:
     if manifest is None:
         with session.session():
             _check_cluster()
+            wait_for_nodes(_TASK, wait_s=_WAIT_S)
             storage.write_json(work.folder(_PLAN), identity)
-            manifest = identity | _Steps(config, work).run(parts)
+            with closing(JobProgress("ingest", config.out)) as gauges:
+                manifest = identity | _Steps(config, work, gauges).run(parts)
         storage.write_json(storage.join(config.out, FACTS_FILE), manifest)
     _clean(config.out)
     return manifest
 
 
 def _check_cluster() -> None:
-    """Tasks wait for their turn, but for a CPU that no node has they would wait without end."""
-    if not any(node.cpus >= 1 for node in preflight.cluster_nodes()):
+    """Tasks wait for their turn, but for a CPU that no node has, or will have, they would wait without end."""
+    if not any(node.cpus >= 1 for node in preflight.cluster_nodes()) and not autoscaler.grows():
         raise preflight.PreflightError("the cluster has no CPU: tasks need nodes that declare one")
 
 
@@ -173,11 +183,11 @@ def _columns(work: Work) -> dict[str, str]:
 class _Steps:
     """The steps, on the connected cluster; each passes over what has been committed."""
 
-    def __init__(self, config: IngestConfig, work: Work) -> None:
+    def __init__(self, config: IngestConfig, work: Work, gauges: JobProgress) -> None:
         self._config = config
         self._work = work
         self._shared = ray.put(work)
-        self._at_once = config.tasks or 2 * int(ray.cluster_resources()["CPU"])
+        self._gauges = gauges
 
     def run(self, parts: list[NumberedPart]) -> Facts:
         """The manifest, but for what was known before."""
@@ -256,6 +266,10 @@ class _Steps:
             self._commit(ledger, ingest_tasks.quarantine_block, todo, lambda _: bar.update())
         return [file for block in blocks for file in ledger.facts[block.name]["files"]]
 
+    def _at_once(self) -> int:
+        """As many again as run wait, which keeps CPUs busy and is what an autoscaler adds nodes for."""
+        return self._config.tasks or max(2, 2 * int(ray.cluster_resources().get("CPU", 0)))
+
     def _ledger(self, name: str) -> tasks.Ledger:
         return tasks.Ledger(self._work.folder(name))
 
@@ -267,7 +281,13 @@ class _Steps:
         on_done: Callable[[Facts], object],
     ) -> None:
         shared = {name: (self._shared, *values) for name, values in arguments.items()}
-        ledger.run(function, shared, at_once=self._at_once, on_done=on_done)
+        expected = len(ledger.facts) + len(shared)
+
+        def show(facts: Facts) -> None:
+            on_done(facts)
+            self._gauges.show(len(ledger.facts), expected)
+
+        ledger.run(function, shared, at_once=self._at_once, on_done=show)
 
 
 def _counts(judged: Sequence[Facts], closed: Sequence[Facts]) -> Facts:

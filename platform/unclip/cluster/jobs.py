@@ -65,5 +65,8 @@ def _check(config: TrainConfig) -> None:
 
 
 def _fit(config: TrainConfig) -> None:
-    print(json.dumps(fit(config), indent=2))
+    summary = fit(config)
+    print(json.dumps(summary, indent=2))
+    if "cost" in summary:
+        print(f"cost: {summary['cost']['text']}")
     print(f"run: {config.run}" + (f", bundle: {config.bundle}" if config.bundle else ""))

@@ -14,9 +14,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class ClipPool:
         gpus: GPUs of each; 0 for one CPU each.
         microbatch: records that pass a CLIP at once.
         text_states: whether units get the states of all tokens too, see `ClipEmbedStage.process`.
+        node_labels: Ray labels of the nodes whose GPUs they take.
     """
 
     source: str
@@ -86,6 +87,7 @@ class ClipPool:
     gpus: float = 0.0
     microbatch: int = MICROBATCH
     text_states: bool = False
+    node_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def embed_units(dataset: ray.data.Dataset, pool: ClipPool) -> ray.data.Dataset:
         fn_constructor_args=(pool,),
         batch_size=None,
         compute=ActorPoolStrategy(size=pool.actors),
-        **({"num_gpus": pool.gpus} if pool.gpus else {"num_cpus": _CLIP_CPUS}),
+        **({"num_gpus": pool.gpus, "label_selector": pool.node_labels} if pool.gpus else {"num_cpus": _CLIP_CPUS}),
     )
 
 

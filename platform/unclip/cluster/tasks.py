@@ -36,19 +36,21 @@ class Ledger:
         function: Callable[..., Facts],
         arguments: Mapping[str, tuple[Any, ...]],
         *,
-        at_once: int,
+        at_once: Callable[[], int],
         on_done: Callable[[Facts], object],
     ) -> None:
         """Runs `function(*arguments[name])` as a task for each name, one CPU each, and commits what it returns.
 
-        A task whose worker dies is run again. What a task raises is raised here, once the others have been cancelled.
+        `at_once`, asked time and again, is how many are in Ray's hands. A task whose worker dies is run again. What a task
+        raises is raised here, once the others have been cancelled.
         """
         commit = ray.remote(_commit).options(num_cpus=1)
         waiting = list(arguments.items())[::-1]
         running: dict[ray.ObjectRef, str] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < at_once:
+                most = at_once()
+                while waiting and len(running) < most:
                     name, values = waiting.pop()
                     running[commit.remote(function, storage.join(self.folder, f"{name}.json"), *values)] = name
                 done, _ = ray.wait(list(running), num_returns=1)

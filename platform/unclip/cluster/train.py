@@ -68,6 +68,7 @@ def run_workers(
                 use_gpu=use_gpu,
                 resources_per_worker=worker_resources(resources, use_gpu=use_gpu),
                 placement_strategy=resources.placement,
+                label_selector=resources.node_labels or None,
             ),
             run_config=RunConfig(
                 name="run",

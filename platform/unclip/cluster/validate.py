@@ -188,5 +188,7 @@ def _open(uri: str) -> Checkpoint | None:
 
 
 def _start_actor(config: TrainConfig) -> Any:
-    actor: Any = ray.remote(num_cpus=config.validation.cpus, num_gpus=config.validation.gpus)(_Actor)
+    claim = config.validation
+    labels = config.resources.node_labels if claim.gpus else {}
+    actor: Any = ray.remote(num_cpus=claim.cpus, num_gpus=claim.gpus, label_selector=labels)(_Actor)
     return actor.remote(config)

@@ -78,10 +78,10 @@ class Config(BaseModel):
         for part in path[:-1]:
             owner = getattr(owner, part, None)
         field = type(owner).model_fields.get(path[-1]) if isinstance(owner, Config) else None
-        return field is not None and {field.annotation, *get_args(field.annotation)} - {type(None)} in (
-            {str},
-            {str, str | None},
-        )
+        if field is None:
+            return False
+        kinds = {field.annotation, *get_args(field.annotation)} - {type(None)}
+        return kinds in ({str}, {str, str | None}) or bool(_choices(field.annotation))
 
 
 def _as_text(text: str) -> str | None:

@@ -36,6 +36,8 @@ class ResourcesConfig(Config):
     """GPUs of each of them; 0 runs them on one CPU each."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How workers are placed on nodes: together where possible (PACK), apart where possible (SPREAD), or strictly so."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels of the nodes that workers, and what else takes GPUs, may use: `{unclip/group: train}`; empty: all nodes."""
     max_failures: int = Field(default=3, ge=0)
     """Failures in a row, without a newer checkpoint between them, after which the run goes on all the same: workers that died,
     a store that did not answer. Nodes that gave notice (preemption, drain) and changes of the number of workers do not

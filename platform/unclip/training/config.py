@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from unclip.config.base import Config
+from unclip.config.cost import CostConfig
 from unclip.config.resources import ResourcesConfig
 from unclip.pipelines.stages import StageName
 from unclip.training.engine import ZeroConfig
@@ -111,6 +112,7 @@ class TrainConfig(Config):
     resources: ResourcesConfig = ResourcesConfig()
     validation: ValidationConfig = ValidationConfig()
     reporting: ReportingConfig = ReportingConfig()
+    cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

@@ -7,6 +7,7 @@
         restarts.jsonl                             what ended a group of workers before the run was over
         stalls/rank-00001.json                     what workers waited for when they had waited too long
         profile.json  profiles/                    a request for a profile; traces and tables
+        cost.json                                  hours that it has claimed, written anew by its driver (cluster/cost.py)
         driver.json                                who trains it now, written anew every ten seconds (cluster/lease.py)
         checkpoints/
 
@@ -50,6 +51,7 @@ _MAY_CHANGE = {
     "init_from": True,
     "validation": True,
     "reporting": True,
+    "cost": True,
 }
 """What a continued run may change without becoming another run: True for a whole section."""
 _CHANGES_NOTHING = "activation_checkpointing"
@@ -71,6 +73,7 @@ class RunFolder:
         self.stalls_uri = storage.join(self.uri, "stalls")
         self.profile_request_uri = storage.join(self.uri, "profile.json")
         self.profiles_uri = storage.join(self.uri, "profiles")
+        self.cost_uri = storage.join(self.uri, "cost.json")
         self.driver_uri = storage.join(self.uri, "driver.json")
         self._summary_uri = storage.join(self.uri, "summary.json")
 

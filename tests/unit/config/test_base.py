@@ -28,6 +28,10 @@ class Square(Config):
     side: float = 2.0
 
 
+class Choice(Config):
+    use: Literal["auto", "yes", "no"] = "auto"
+
+
 class Outer(Config):
     """Settings with every kind of field."""
 
@@ -61,6 +65,7 @@ def test_text_is_taken_as_it_is() -> None:
     for text in ("a heart #1", "a: b", "2026", "1e3"):
         assert Outer(steps=1).override([f"path={text}"]).path == text
     assert Outer(steps=1, path="x").override(["path=null"]).path is None
+    assert Choice().override(["use=no"]).use == "no"  # which YAML takes for a boolean
 
 
 def test_a_bad_value_in_a_variant_is_named_as_it_is_set() -> None:

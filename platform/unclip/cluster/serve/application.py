@@ -14,13 +14,13 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import RayServeException
 
 from unclip.cluster import preflight
+from unclip.cluster.serve.addresses import resolved
 from unclip.cluster.serve.replicas import Ingress, StageReplica, UserConfig, group_name, on_its_device, stages_of
 from unclip.cluster.serve.scaling import ByQueuedSteps
 from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import BundleError
 from unclip.serving.config import RECIPES, GroupConfig, GroupStage, ReplicaConfig, ServeConfig
 from unclip.serving.stages.model import Model
-from unclip.utils import storage
 
 INGRESS = "Ingress"
 """Name of the deployment that speaks HTTP."""
@@ -148,12 +148,12 @@ def _replicas(replica: ReplicaConfig) -> dict[str, Any]:
 
 def _with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """Processes run in other folders than whoever starts them."""
-    changes: dict[str, Any] = {"bundle": storage.absolute(config.bundle)}
+    changes: dict[str, Any] = {"bundle": resolved(config.bundle)}
     for owner, fields in _PATHS.items():
         part = getattr(config, owner)
-        changes[owner] = {field: storage.absolute(path) for field in fields if (path := getattr(part, field))}
+        changes[owner] = {field: resolved(path) for field in fields if (path := getattr(part, field))}
     if config.keys:
-        changes["keys"] = storage.absolute(config.keys)
+        changes["keys"] = resolved(config.keys)
     return config.merged(changes)
 
 

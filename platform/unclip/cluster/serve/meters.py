@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
+from unclip.cluster.gauges import LastingGauges
 from unclip.serving.observe.catalogue import CATALOGUE, Meter
 from unclip.serving.observe.meters import Meters
 
@@ -16,12 +17,13 @@ class RayMeters(Meters):
     def __init__(self) -> None:
         super().__init__()
         self._metrics = {name: _metric(name, meter) for name, meter in CATALOGUE.items()}
+        self._gauges = LastingGauges()
 
     def _count(self, name: str, amount: float, labels: Mapping[str, str]) -> None:
         self._metrics[name].inc(amount, tags=dict(labels))
 
     def _set(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        self._metrics[name].set(value, tags=dict(labels))
+        self._gauges.set(self._metrics[name], value, labels)
 
     def _observe(self, name: str, seconds: float, labels: Mapping[str, str]) -> None:
         self._metrics[name].observe(seconds, tags=dict(labels))

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from unclip.cluster.serve.addresses import resolved
 from unclip.cluster.serve.gate import Doors, Gate
 from unclip.cluster.serve.handles import HandleGroup
 from unclip.cluster.serve.meters import RayMeters
@@ -199,12 +200,12 @@ class _Weights:
     async def follow(self, user_config: Mapping[str, Any]) -> None:
         """`user_config` is what it says from now on."""
         if self._wanted is None:
-            bundle = UserConfig.from_dict(user_config).bundle
+            bundle = resolved(UserConfig.from_dict(user_config).bundle)
             await self._use(bundle)
             self._wanted = self._used = bundle
             return
         try:
-            bundle = UserConfig.from_dict(user_config).bundle
+            bundle = resolved(UserConfig.from_dict(user_config).bundle)
         except ConfigError as error:
             logs.event("user_config_refused", level=logging.ERROR, process=self._name, error=error)
             return

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from unclip.config.base import Config
+from unclip.config.cost import CostConfig
 from unclip.generation.engine.config import EngineConfig
 from unclip.pipelines.cascade import GenerationOptions
 
@@ -59,11 +60,16 @@ class GenerateConfig(Config):
     prompts_per_shard: int = Field(256, ge=1, le=65_536)
     """Prompts that are made, and after an interruption made again, together; their pictures are one shard."""
     actors: int | None = Field(None, ge=1)
-    """Processes that make pictures at the same time; null for one a GPU of the cluster, or one where there are none."""
+    """Processes that make pictures at the same time; null for one a GPU of the cluster, or one where there are none. Where an
+    autoscaler brings the nodes, it is asked for as many as are given here."""
     gpus_per_actor: float | None = Field(None, ge=0)
     """GPUs, or a share of one, that each of them claims; null for one where the cluster has any and device allows it."""
     cpus_per_actor: float = Field(1.0, gt=0)
     """CPUs that each of them claims."""
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels of the nodes that they may use: `{unclip/group: train}`; empty: all nodes."""
+    cost: CostConfig = CostConfig()
+    """What their hours are counted at."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -36,6 +36,7 @@ class RunPanel:
         self._restarts: list[Record] = []
         self._validation: Record | None = None
         self._saved_at = 0.0
+        self._cost: Record | None = None
 
     def update(self, news: News) -> list[str]:
         """Takes in what came; returns what is to be said at once, a line each."""
@@ -48,6 +49,7 @@ class RunPanel:
                 self._validation = validation
         for record in news.records:
             said += self._add(record)
+        self._cost = news.cost or self._cost
         return said
 
     def _add(self, record: Record) -> list[str]:
@@ -84,8 +86,10 @@ class RunPanel:
         return Group(*lines, *self._remarks(record))
 
     def _remarks(self, record: Record) -> list[Text]:
-        """What not every run has: validations, restarts, checkpoints that failed."""
+        """What not every run has: its cost, validations, restarts, checkpoints that failed."""
         lines = []
+        if self._cost is not None:
+            lines.append(Text.assemble(("cost  ", "dim"), self._cost["text"]))
         if self._validation is not None:
             metrics = self._validation["metrics"].items()
             values = "  ".join(f"{name} {value:.4g}" for name, value in metrics if not BUCKET.fullmatch(name))

@@ -24,9 +24,11 @@ class News:
     """Of `validation.jsonl`; `samples` is the whole address of the picture, or None."""
     restarts: tuple[Record, ...] = ()
     """Of `restarts.jsonl`."""
+    cost: Record | None = None
+    """What `cost.json` says, where that has changed."""
 
     def __bool__(self) -> bool:
-        return bool(self.records or self.validations or self.restarts)
+        return bool(self.records or self.validations or self.restarts or self.cost)
 
 
 class RunTail:
@@ -40,6 +42,7 @@ class RunTail:
         self._metrics = _Lines(run.metrics_uri)
         self._validation = _Lines(run.validation_uri)
         self._restarts = _Lines(run.restarts_uri)
+        self._cost: Record | None = None
         self._step = -1
 
     def look(self) -> News:
@@ -48,7 +51,18 @@ class RunTail:
             restarts=tuple(self._restarts.new()),
             validations=tuple(self._with_address(record) for record in self._validation.new()),
             records=self._once(self._metrics.new()),
+            cost=self._new_cost(),
         )
+
+    def _new_cost(self) -> Record | None:
+        try:
+            cost: Record = storage.read_json(self._run.cost_uri)
+        except (FileNotFoundError, json.JSONDecodeError):  # a damaged one is written anew
+            return None
+        if cost == self._cost:
+            return None
+        self._cost = cost
+        return cost
 
     def _once(self, written: list[dict[str, Any]]) -> tuple[Record, ...]:
         records: list[Record] = []

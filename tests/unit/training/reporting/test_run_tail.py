@@ -49,6 +49,16 @@ def test_each_look_gives_what_is_new(run: RunFolder) -> None:
     assert not tail.look()
 
 
+def test_the_cost_comes_when_it_changes_and_a_damaged_one_does_not_end_the_tail(run: RunFolder) -> None:
+    tail = RunTail(run)
+    storage.write_bytes(run.cost_uri, b'{"gpu_hours": 1')
+    assert not tail.look()
+    for cost in ({"gpu_hours": 1.0}, {"gpu_hours": 2.0}):
+        storage.write_json(run.cost_uri, cost)
+        assert tail.look().cost == cost
+        assert not tail.look()
+
+
 def test_steps_that_are_trained_again_come_once(run: RunFolder) -> None:
     tail = RunTail(run)
     for step in (10, 20, 30):

@@ -25,7 +25,7 @@ def test_the_panel_shows_what_the_records_have() -> None:
     assert "waiting for the first steps" in rendered(shown)
     validation = {"step": 10, "metrics": {"loss": 0.125, "loss_t000-099": 0.75}, "samples": None}
     records = (record(10, checkpoint_step=10), record(25, checkpoint_step=10, skipped_steps=3))
-    assert shown.update(News(records=records, validations=(validation,))) == []
+    assert shown.update(News(records=records, validations=(validation,), cost={"text": "2.5 GPU-hours"})) == []
     text = " ".join(rendered(shown).replace("│", " ").split())
     for part in (
         "prior runs/x",
@@ -45,6 +45,7 @@ def test_the_panel_shows_what_the_records_have() -> None:
         "data 10%",
         "backward 50%",
         "validation of step 10 loss 0.125",
+        "cost 2.5 GPU-hours",
     ):
         assert part in text, part
     assert "loss_t000-099" not in text
@@ -56,7 +57,7 @@ def test_what_is_not_known_is_not_shown() -> None:
     shown.update(News(records=(bare,)))
     text = rendered(shown)
     assert "step 1/2" in text
-    for part in ("MFU", "time", "memory", "saved", "restarts", "validation"):
+    for part in ("MFU", "time", "memory", "saved", "restarts", "validation", "cost"):
         assert part not in text
 
 
