@@ -42,13 +42,15 @@ class ThreadRunner:
         self.folder, self.before_unit = BatchFolder(folder), before_unit
         self.started: list[str] = []
         self.threads: dict[str, threading.Thread] = {}
+        self._one_at_a_time = threading.Lock()  # as names of actors are given once
         self.makings: list[ThreadMaking] = []
 
     def start(self, batch_id: str) -> None:
-        if batch_id not in self.threads or not self.threads[batch_id].is_alive():
-            self.started.append(batch_id)
-            self.threads[batch_id] = threading.Thread(target=self.work, args=[batch_id])
-            self.threads[batch_id].start()
+        with self._one_at_a_time:
+            if batch_id not in self.threads or not self.threads[batch_id].is_alive():
+                self.started.append(batch_id)
+                self.threads[batch_id] = threading.Thread(target=self.work, args=[batch_id])
+                self.threads[batch_id].start()
 
     def work(self, batch_id: str) -> None:
         BatchWork(self.folder, batch_id, self._making, Encoder(None)).run()

@@ -98,7 +98,7 @@ class BatchWork:
         try:
             while not making.wait(LOOK_S):
                 state = self._state()
-                if state is None or state.reason_to_end is not None:
+                if state is None or _is_enough(state):
                     return
                 self._report(state.checked)
         finally:
@@ -110,7 +110,7 @@ class BatchWork:
         while time.monotonic() < until:
             time.sleep(min(LOOK_S, seconds))
             state = self._state()
-            if state is None or state.reason_to_end is not None:
+            if state is None or _is_enough(state):
                 return True
         return False
 
@@ -135,7 +135,7 @@ class BatchWork:
 
     def _finish(self, error: str | None) -> None:
         state = self._state()
-        if state is None:
+        if state is None or state.is_over:  # of another cluster, which has taken the pictures away already
             return
         began = int(time.time())
         self._report(state.checked, finalizing_at=began)
@@ -164,3 +164,8 @@ class BatchWork:
 
     def _state(self) -> BatchState | None:
         return self._folder.state(self._id)
+
+
+def _is_enough(state: BatchState) -> bool:
+    """Whether no more pictures shall be made."""
+    return state.is_over or state.reason_to_end is not None

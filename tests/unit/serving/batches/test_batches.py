@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,10 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.serving.batches import batches as batches_module
 from unclip.serving.batches import work
 from unclip.serving.batches.lines import check_list
+from unclip.serving.batches.work import BatchWork
 from unclip.serving.config import ServeConfig
 from unclip.serving.guards.keys import KeyFile, KeyRecord, hash_key, new_key
+from unclip.serving.pictures.encoding import Encoder
 from unclip.utils import storage
 
 
@@ -230,6 +233,40 @@ def test_cancelling_hands_out_what_is_done(config: ServeConfig) -> None:
     assert {each["error"]["code"] for each in left} == {"batch_cancelled"}
     assert all(each["response"] is None for each in left)
     assert batch.request_counts.to_dict() == {"total": 8, "completed": 2, "failed": 6}
+
+
+def test_one_of_another_cluster_who_comes_late_leaves_the_answers_as_they_are(config: ServeConfig) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Late:
+        """Has nothing to say until the batch has ended."""
+
+        def wait(self, seconds: float) -> bool:
+            begun.set()
+            return go_on.wait(60)
+
+        def stop(self) -> None:
+            pass
+
+    names = [str(number) for number in range(3)]
+
+    def before_unit() -> None:
+        assert begun.wait(60)
+
+    runner = ThreadRunner(str(config.batches.folder), before_unit)
+    with server(config, runner) as client:
+        batch = submit(client, [line(name, prompt=name) for name in names])
+        while not runner.makings:
+            time.sleep(0.01)
+        late = threading.Thread(target=BatchWork(runner.folder, batch.id, lambda job: Late(), Encoder(None)).run)
+        late.start()
+        batch = wait_for(client, batch.id)
+        runner.threads[batch.id].join()  # the pictures are away
+        go_on.set()
+        late.join()
+        assert client.batches.retrieve(batch.id) == batch
+        assert [each["custom_id"] for each in lines_of(client, batch.output_file_id)] == names
+        assert batch.error_file_id is None
 
 
 def test_attempts_that_fail_are_made_again_and_none_without_end(config: ServeConfig) -> None:

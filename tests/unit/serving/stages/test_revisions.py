@@ -137,17 +137,17 @@ def test_no_request_is_lost_in_a_change(tiny_bundle: str, other: str, room_for_t
 def test_the_old_weights_stay_until_nobody_asks_for_them(tiny_bundle: str, other: str) -> None:
     async def main() -> None:
         old, new = Bundle.load(tiny_bundle).digest, Bundle.load(other).digest
-        async with serving(tiny_bundle, idle_s=0.3) as (group, _, _):
+        async with serving(tiny_bundle, idle_s=2.0) as (group, _, _):
             await group.load(other)
             revisions = group._revisions
             old_revision = next(revision for revision in revisions.held if revision.digest == old)
             assert revisions.current.digest == new
-            await asyncio.sleep(0.5)  # nobody asks for either: the other processes may not know the new one yet
+            await asyncio.sleep(2.5)  # nobody asks for either: the other processes may not know the new one yet
             assert len(revisions.held) == 2
-            for _ in range(4):
+            for _ in range(6):
                 for digest in (new, old):
                     await group.generate(Call(asked(0), digest))
-                await asyncio.sleep(0.15)
+                await asyncio.sleep(0.4)
             assert len(revisions.held) == 2
             await group.generate(Call(asked(0), new))
             await until(lambda: len(revisions.held) == 1)
