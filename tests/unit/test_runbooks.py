@@ -35,10 +35,11 @@ def test_a_runbook_says_how_it_is_seen_where_to_look_what_to_do_and_how_it_was_m
     assert re.findall(r"^\*(.+?)\*:", text, re.MULTILINE) == ["Seen", "Look", "Do", "Made to happen"]
     named = set(re.findall(r"`([A-Z][a-z]+[A-Z]\w+)`", text.partition("*Look*")[0]))
     assert named <= set(ALERTS)
+    assert re.search(r"`(tests/|python )", text.partition("*Made to happen*")[2])
 
 
 def test_the_tests_that_runbooks_name_exist() -> None:
-    named = re.findall(r"`(tests/\w+/\w+\.py)(?:::(\w+))?`", "".join(sections().values()))
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", "".join(sections().values()))
     assert len(named) >= 10
     for file, function in named:
         tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))

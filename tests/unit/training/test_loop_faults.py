@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,19 @@ def test_a_line_of_metrics_says_what_the_machine_did(tmp_path: Path, records: Re
         assert 2**26 < record["memory_bytes"] < 2**40
         assert (record["world_size"], record["skipped_steps"]) == (1, 0)
         assert "checkpoint_error" not in record
+
+
+def test_steps_that_wait_for_data_say_so(tmp_path: Path, records: Records) -> None:
+    def slow(batches: Batches) -> Batches:
+        for batch in batches:
+            time.sleep(1.0)
+            yield batch
+
+    prepared = prepare("prior", tmp_path, records, loop={"max_steps": 2, "log_every": 1})
+    summary = start(prepared).train(slow(local_batches(prepared)))
+    assert summary["time_s"]["data"] >= 2.0
+    for record in RunFolder(prepared.config.run).metrics():
+        assert record["time_data"] > 0.2  # where TrainingWaitsForData begins
 
 
 def test_checkpoints_hold_what_the_run_is(tmp_path: Path, records: Records) -> None:
