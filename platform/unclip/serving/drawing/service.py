@@ -24,7 +24,7 @@ from unclip.serving.guards.admission import Admission
 from unclip.serving.guards.keys import ApiKey, KeyLimits, KeyRing
 from unclip.serving.guards.policy import Policy
 from unclip.serving.messages.answers import PictureAnswer, PicturesAnswer
-from unclip.serving.messages.events import HERE, PING_S, Event
+from unclip.serving.messages.events import HERE, Event, next_of
 from unclip.serving.messages.failures import as_api_error
 from unclip.serving.messages.schemas import StreamedBody
 from unclip.serving.observe import logs
@@ -133,7 +133,7 @@ class Service:
         work.add_done_callback(lambda _: told.put_nowait(None))
         is_taken_on = False
         try:
-            while (event := await _next_of(told)) is not None:
+            while (event := await next_of(told)) is not None:
                 is_taken_on = True
                 yield event
             if (error := work.exception()) is not None:
@@ -338,13 +338,6 @@ def _store(config: ServeConfig, processes: int) -> PictureStore | None:
     store = PictureStore(folder.name, pictures.lifetime_s)
     weakref.finalize(store, folder.cleanup)
     return store
-
-
-async def _next_of(told: asyncio.Queue[Event | None]) -> Event | None:
-    try:
-        return await asyncio.wait_for(told.get(), PING_S)
-    except TimeoutError:
-        return HERE
 
 
 def _base64(content: bytes) -> str:

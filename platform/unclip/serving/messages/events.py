@@ -37,6 +37,15 @@ HERE = Event()
 """The comment."""
 
 
+async def next_of(told: asyncio.Queue[Event | None]) -> Event | None:
+    """The next that is told; `HERE` after a silence."""
+    try:
+        async with asyncio.timeout(PING_S):  # wait_for of Python 3.11 loses a cancellation that comes with an event
+            return await told.get()
+    except TimeoutError:
+        return HERE
+
+
 class Disconnected(Exception):
     """The client is gone; there is nobody to answer."""
 

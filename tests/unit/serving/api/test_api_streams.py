@@ -101,7 +101,7 @@ def test_events_are_as_the_standard_has_them(app: RunningApp) -> None:
 
 
 def test_silence_is_broken_by_comments(app: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unclip.serving.drawing.service.PING_S", 0.01)
+    monkeypatch.setattr("unclip.serving.messages.events.PING_S", 0.01)
     body = {"prompt": PROMPT, "stream": True}
     with held_up(app) as held, httpx.stream("POST", f"{app.url}/v1/images/generations", json=body) as answer:
         lines = answer.iter_lines()
@@ -120,6 +120,20 @@ def test_who_closes_a_stream_ends_the_work_within_a_step(app: RunningApp) -> Non
             next(lines)
             held.wait()
         _assert_ended(app, held, before, pictures=3)
+
+
+def test_who_goes_as_an_event_comes_is_gone() -> None:
+    async def leaves() -> None:
+        told: asyncio.Queue[events.Event | None] = asyncio.Queue()
+        reader = asyncio.create_task(events.next_of(told))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        told.put_nowait(events.HERE)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+    asyncio.run(leaves())
 
 
 def test_who_does_not_read_keeps_no_place(app: RunningApp) -> None:
