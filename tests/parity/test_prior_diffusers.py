@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import PriorTransformer
 
+from unclip.interop.diffusers.networks import prior_entries
+from unclip.interop.keys import to_theirs
 from unclip.models.prior import PriorCondition, PriorConfig, PriorModel
 
 ROWS, LENGTH, D, WIDTH, HEADS, DEPTH = 3, 8, 6, 32, 4, 2
@@ -38,36 +40,10 @@ def theirs(ours: PriorModel) -> PriorTransformer:
 
 
 def mapped(model: PriorModel) -> dict[str, torch.Tensor]:
-    """Our weights under their names."""
-    state = {
-        "positional_embedding": model.positional_embedding[None],
-        "prd_embedding": model.query[None, None],
-    }
-    modules = {
-        "time_embedding.linear_1": model.time_embed.layers[0],
-        "time_embedding.linear_2": model.time_embed.layers[2],
-        "proj_in": model.image_embed_in,
-        "embedding_proj": model.prefix.text_embed_in,
-        "norm_out": model.transformer.final_norm,
-        "proj_to_clip_embeddings": model.image_embed_out,
-    }
-    for index, block in enumerate(model.transformer.blocks):
-        name = f"transformer_blocks.{index}"
-        # Ours are packed head by head: query, key and value of the first head, then of the second.
-        weights = block.qkv.weight.view(HEADS, 3, -1, WIDTH).transpose(0, 1).reshape(3, WIDTH, WIDTH)
-        biases = block.qkv.bias.view(HEADS, 3, -1).transpose(0, 1).reshape(3, WIDTH)
-        for part, weight, bias in zip("qkv", weights, biases, strict=True):
-            state |= {f"{name}.attn1.to_{part}.weight": weight, f"{name}.attn1.to_{part}.bias": bias}
-        modules |= {
-            f"{name}.norm1": block.attention_norm,
-            f"{name}.attn1.to_out.0": block.attention_out,
-            f"{name}.norm3": block.mlp_norm,
-            f"{name}.ff.net.0.proj": block.mlp_in,
-            f"{name}.ff.net.2": block.mlp_out,
-        }
-    for name, module in modules.items():
-        state |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
-    return state
+    """Our weights under their names, but for those of captions, which differ: token states are handed in."""
+    of_captions = ("prefix.token_embedding.weight", "prefix.null_token", "prefix.null_text_embed")
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in of_captions}
+    return to_theirs("prior", prior_entries(model.config), state)[0]
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import nn
 
+from unclip.interop.diffusers.networks import text_proj_entries, unet_entries
+from unclip.interop.keys import to_theirs
 from unclip.models.conditioners import ImageCondition, TextStatesCondition, TextStatesConfig
 from unclip.models.decoder import DecoderCondition, DecoderConfig, DecoderModel
-from unclip.models.unet import ResidualBlock, SpatialAttention, UNet, UNetConfig
+from unclip.models.unet import UNetConfig
 
 WIDTH, TOKENS, LENGTH, CLIP = 24, 4, 7, 10
-RESIDUAL = {
-    "norm_in": "norm1",
-    "conv_in": "conv1",
-    "embedding": "time_emb_proj",
-    "norm_out": "norm2",
-    "conv_out": "conv2",
-    "skip": "conv_shortcut",
-}
 
 
 def make_config(scale_shift_norm: bool) -> DecoderConfig:
@@ -65,65 +57,21 @@ def randomize(model: nn.Module) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
 
 
-def same_layout(ours: UNet, theirs: UNet2DConditionModel) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Modules of both nets, except attention, that must hold the same weights."""
-    yield ours.stem, theirs.conv_in
-    yield ours.time_embed.layers[0], theirs.time_embedding.linear_1
-    yield ours.time_embed.layers[2], theirs.time_embedding.linear_2
-    yield ours.head_norm, theirs.conv_norm_out
-    yield ours.head, theirs.conv_out
-    other = []
-    for block in theirs.down_blocks:
-        other += [*block.resnets, *(block.downsamplers or [])]
-    other += list(theirs.mid_block.resnets)
-    for block in theirs.up_blocks:
-        other += [*block.resnets, *(block.upsamplers or [])]
-    own = [module for module in ours.modules() if isinstance(module, ResidualBlock)]
-    for mine, its in zip(own, other, strict=True):
-        yield from ((getattr(mine, a), getattr(its, b)) for a, b in RESIDUAL.items() if getattr(its, b) is not None)
-
-
-def copy_attention(mine: SpatialAttention, its: nn.Module) -> None:
-    """Ours packs query, key and value head by head, as GLIDE and Karlo do; diffusers has a layer for each."""
-    its.group_norm.load_state_dict(mine.norm.state_dict())
-    its.to_out[0].load_state_dict(mine.out.state_dict())
-    assert mine.context_kv is not None
-    for packed, layers in (
-        (mine.qkv, (its.to_q, its.to_k, its.to_v)),
-        (mine.context_kv, (its.add_k_proj, its.add_v_proj)),
-    ):
-        weights = packed.weight.unflatten(0, (mine.heads, len(layers), -1)).unbind(dim=1)
-        biases = packed.bias.unflatten(0, (mine.heads, len(layers), -1)).unbind(dim=1)
-        for layer, weight, bias in zip(layers, weights, biases, strict=True):
-            layer.load_state_dict({"weight": weight.flatten(0, 1), "bias": bias.flatten()})
-
-
-def copy_unet(ours: UNet, theirs: UNet2DConditionModel) -> None:
-    for mine, its in same_layout(ours, theirs):
-        its.load_state_dict(mine.state_dict())
-    blocks = [*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks]
-    other = [attention for block in blocks for attention in getattr(block, "attentions", [])]
-    own = [module for module in ours.modules() if isinstance(module, SpatialAttention)]
-    for mine, its in zip(own, other, strict=True):
-        copy_attention(mine, its)
+def their_unet(ours: DecoderModel) -> UNet2DConditionModel:
+    theirs = make_diffusers_unet(ours.config.unet)
+    theirs.load_state_dict(to_theirs("decoder", unet_entries(ours.config.unet), ours.unet.state_dict())[0])
+    return theirs
 
 
 def make_text_proj(ours: DecoderModel) -> UnCLIPTextProjModel:
-    image, text = ours.conditioners["image"], ours.conditioners["text"]
     theirs = UnCLIPTextProjModel(
         clip_extra_context_tokens=TOKENS,
         clip_embeddings_dim=CLIP,
         time_embed_dim=ours.config.unet.embedding_dim,
         cross_attention_dim=WIDTH,
     ).eval()
-    theirs.embedding_proj.load_state_dict(text.to_time.state_dict())
-    theirs.clip_image_embeddings_project_to_time_embeddings.load_state_dict(image.to_time.state_dict())
-    theirs.encoder_hidden_states_proj.load_state_dict(text.to_context.state_dict())
-    theirs.text_encoder_hidden_states_norm.load_state_dict(text.norm.state_dict())
-    # Theirs: the token varies fastest; ours: the channel.
-    weight = image.to_tokens.weight.unflatten(0, (TOKENS, WIDTH)).transpose(0, 1).flatten(0, 1)
-    bias = image.to_tokens.bias.unflatten(0, (TOKENS, WIDTH)).T.flatten()
-    theirs.clip_extra_context_tokens_proj.load_state_dict({"weight": weight, "bias": bias})
+    state = {name: tensor for name, tensor in ours.conditioners.state_dict().items() if name != "text.null_state"}
+    theirs.load_state_dict(to_theirs("text_proj", text_proj_entries(TOKENS), state)[0])
     return theirs
 
 
@@ -132,8 +80,7 @@ def make_text_proj(ours: DecoderModel) -> UnCLIPTextProjModel:
 def test_decoder_equals_diffusers(scale_shift_norm: bool, masked: bool) -> None:
     ours = make_config(scale_shift_norm).build().eval()
     randomize(ours)
-    unet, text_proj = make_diffusers_unet(ours.config.unet), make_text_proj(ours)
-    copy_unet(ours.unet, unet)
+    unet, text_proj = their_unet(ours), make_text_proj(ours)
     assert sum(p.numel() for p in ours.unet.parameters()) == sum(p.numel() for p in unet.parameters())
 
     generator = torch.Generator().manual_seed(1)

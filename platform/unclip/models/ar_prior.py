@@ -111,7 +111,7 @@ class ARPriorModel(nn.Module):
 
     def _visible(self, cond: PriorCondition) -> torch.Tensor:
         """(B, L + 1 + K) bool: what later positions may see."""
-        return functional.pad(cond.visible, (0, self.config.num_components), value=True)
+        return functional.pad(self.prefix.visible(cond), (0, self.config.num_components), value=True)
 
     def _dot_token(self, dots: torch.Tensor, cond: PriorCondition) -> torch.Tensor:
         """(B, 1, width)."""

@@ -65,6 +65,8 @@ class ClipArchitectureConfig(Config):
     """attention heads of the text transformer"""
     text_layers: int = Field(ge=1)
     """blocks of the text transformer"""
+    quick_gelu: bool = False
+    """True: x * sigmoid(1.702 x) in place of GELU in both, as OpenAI's weights need it"""
     activation_checkpointing: bool = False
     """compute the blocks' activations again in the backward pass instead of keeping them"""
 
@@ -95,7 +97,10 @@ class ClipArchitectureConfig(Config):
             "heads": self.text_heads,
             "layers": self.text_layers,
         }
-        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        quick_gelu = (
+            {"quick_gelu": True} if self.quick_gelu else {}
+        )  # as in open_clip's own, where it is left out if false
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text, **quick_gelu}
 
     def build(self) -> ClipModel:
         """The model with random weights."""
@@ -191,7 +196,10 @@ class _Words(dict[str, str]):
 
 
 class ClipModel(nn.Module):
-    """One interface to every CLIP. Embeddings are float32 of unit norm. Its weights are open_clip's under `clip.`."""
+    """One interface to every CLIP. Embeddings are float32, of unit norm unless asked for otherwise.
+
+    Its weights are open_clip's under `clip.`.
+    """
 
     def __init__(self, clip: nn.Module, description: ClipDescription, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -250,10 +258,11 @@ class ClipModel(nn.Module):
         return torch.from_numpy(self.tokenizer(texts, self.context_length)).to(self._device, torch.int64)
 
     @torch.no_grad()
-    def encode_image(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """(B, H, W, 3) uint8 -> (B, D)."""
+    def encode_image(self, images: torch.Tensor | np.ndarray, *, unit_norm: bool = True) -> torch.Tensor:
+        """(B, H, W, 3) uint8 -> (B, D); without `unit_norm` as the projection gives them, for Karlo's decoder."""
         pixels = self.preprocess(images).to(self._dtype)
-        return functional.normalize(self.clip.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+        embeds: torch.Tensor = self.clip.encode_image(pixels).float()  # type: ignore[operator]
+        return functional.normalize(embeds, dim=-1) if unit_norm else embeds
 
     @torch.no_grad()
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from unclip.config.base import Config
+from unclip.models.clip_text import ClipTextConfig
 from unclip.models.condition import Condition
 from unclip.models.text import TextTransformerConfig
 
@@ -135,6 +136,34 @@ class TextStatesConditioner(nn.Module):
         last = states[torch.arange(len(states), device=mask.device), (positions * mask).amax(dim=1)]
         pooled = torch.where(mask.any(dim=1, keepdim=True), last, self.null_state)
         return Told(self.to_time(pooled), self.norm(self.to_context(states)), mask)
+
+
+class ClipCaptionConfig(Config):
+    """Captions through a frozen CLIP text transformer, which is part of the decoder."""
+
+    encoder: ClipTextConfig
+    """the transformer"""
+    width: int = Field(ge=1)
+    """width that its states are projected to for the attention's context"""
+
+
+class ClipCaptionConditioner(nn.Module):
+    """CLIP's text states, projected and normalised, as context, its text embedding for the time embedding (Karlo).
+
+    Padding is masked. A dropped caption is the empty one.
+    """
+
+    def __init__(self, config: ClipCaptionConfig, *, embedding_dim: int) -> None:
+        super().__init__()
+        self.encoder = config.encoder.build()
+        self.to_context = nn.Linear(config.encoder.width, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.to_time = nn.Linear(config.encoder.embed_dim, embedding_dim)
+
+    def forward(self, cond: CaptionCondition) -> Told:
+        tokens, mask = self.encoder.kept_or_empty(cond.tokens, cond.dropped)
+        states, embed = self.encoder(tokens, mask)
+        return Told(self.to_time(embed), self.norm(self.to_context(states)), mask)
 
 
 class LabelConditioner(nn.Module):

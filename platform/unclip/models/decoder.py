@@ -19,6 +19,8 @@ from unclip.models.condition import Condition, PreparedCondition
 from unclip.models.conditioners import (
     CaptionCondition,
     CaptionConditioner,
+    ClipCaptionConditioner,
+    ClipCaptionConfig,
     ImageCondition,
     ImageConditioner,
     LabelCondition,
@@ -41,6 +43,8 @@ class DecoderConfig(Config):
     """the caption's network, trained together with it"""
     text_states: TextStatesConfig | None = None
     """captions as the text states of a frozen CLIP, in place of a network of their own"""
+    clip_text: ClipCaptionConfig | None = None
+    """captions through a frozen CLIP text transformer inside the decoder (Karlo)"""
     embed_dim: int | None = Field(default=None, ge=1)
     """width D of the CLIP image embedding"""
     num_image_tokens: int = Field(default=4, ge=1)
@@ -52,10 +56,12 @@ class DecoderConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.text is not None and self.text_states is not None:
-            raise ValueError("text and text_states exclude each other: set one of them to null")
+        if sum(part is not None for part in (self.text, self.text_states, self.clip_text)) > 1:
+            raise ValueError("text, text_states and clip_text exclude each other: set all but one of them to null")
         if self.context_dim is None and self.num_classes is None:
-            raise ValueError("a decoder needs at least one input: text, text_states, embed_dim or num_classes")
+            raise ValueError(
+                "a decoder needs at least one input: text, text_states, clip_text, embed_dim or num_classes"
+            )
         if self.context_dim is not None and not self.unet.attention_resolutions:
             raise ValueError(
                 "unet.attention_resolutions = (): the decoder sees caption and image embedding through attention"
@@ -78,13 +84,21 @@ class DecoderConfig(Config):
     @property
     def context_length(self) -> int | None:
         """Tokens of a caption; None where it sees none."""
+        if self.clip_text is not None:
+            return self.clip_text.encoder.context_length
         text = self.text or self.text_states
         return None if text is None else text.context_length
 
     @property
+    def vocab_size(self) -> int | None:
+        """Number of tokens of the captions' encoding where the decoder itself reads them; None where it does not."""
+        text = self.text or (None if self.clip_text is None else self.clip_text.encoder)
+        return None if text is None else text.vocab_size
+
+    @property
     def context_dim(self) -> int | None:
         """Width of the context of the U-Net's attention; None without a context."""
-        text = self.text or self.text_states
+        text = self.text or self.text_states or self.clip_text
         if text is not None:
             return text.width
         return None if self.embed_dim is None else self.unet.embedding_dim
@@ -195,6 +209,8 @@ def _conditioners(config: DecoderConfig) -> dict[str, nn.Module]:
         )
     if config.text is not None:
         found["text"] = CaptionConditioner(config.text, embedding_dim=width)
+    if config.clip_text is not None:
+        found["text"] = ClipCaptionConditioner(config.clip_text, embedding_dim=width)
     if config.text_states is not None:
         found["text"] = TextStatesConditioner(config.text_states, embedding_dim=width)
     if config.num_classes is not None:

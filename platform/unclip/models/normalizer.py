@@ -54,7 +54,7 @@ class EmbeddingNormalizer(nn.Module):
 
 
 def paper_scale(embed_dim: int) -> EmbeddingNormalizerConfig:
-    """unCLIP's scaling of unit-norm embeddings: times 17.2 at 1024 components (section 2.2).
+    """unCLIP's scaling of unit-norm embeddings: times 17.2 at 1024 components (appendix C).
 
     That gives each component the standard deviation 17.2 / 32 = 0.54 of pictures in [-1, 1]; other widths get the
     factor which keeps that.

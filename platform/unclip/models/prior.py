@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
+from unclip.models.clip_text import ClipTextConfig
 from unclip.models.condition import Condition, PreparedCondition
 from unclip.models.layers import KeyValueCache, Prefix, TimestepMLP, Transformer, causal_mask, zero_init
 from unclip.models.text import caption_mask, check_caption
@@ -60,6 +61,17 @@ class PriorTransformerConfig(Config):
 class PriorConfig(PriorTransformerConfig):
     """Shape of a diffusion prior."""
 
+    clip_text: ClipTextConfig | None = None
+    """captions as the states of a frozen CLIP text transformer (Karlo); null: tokens have embeddings of the prior's own"""
+
+    @model_validator(mode="after")
+    def _check_clip_text(self) -> Self:
+        for name in () if self.clip_text is None else ("embed_dim", "vocab_size", "context_length"):
+            mine, theirs = getattr(self, name), getattr(self.clip_text, name)
+            if mine != theirs:
+                raise ValueError(f"clip_text.{name} = {theirs}: must be {name} = {mine}")
+        return self
+
     def build(self) -> PriorModel:
         """The model with random weights."""
         return PriorModel(self)
@@ -92,14 +104,6 @@ class PriorCondition(Condition):
     def unconditional(self) -> PriorCondition:
         return dataclasses.replace(self, text_dropped=torch.ones_like(self.text_dropped))
 
-    @property
-    def visible(self) -> torch.Tensor:
-        """(B, L + 1) bool: what later positions may see of caption and text embedding.
-
-        Dropped captions show all L positions, which hold the same learned vector whatever the caption was.
-        """
-        return functional.pad(self.text_mask | self.text_dropped[:, None], (0, 1), value=True)
-
     def distinct(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows (U,), place (B,)): one row of each that differ in what the prior sees, and which of them each row is like."""
         kept = ~self.text_dropped[:, None]
@@ -115,7 +119,7 @@ class PreparedPriorCondition(PreparedCondition):
     """What `PriorModel.prepare` makes of a `PriorCondition`.
 
     keys_values: (B, depth, 2, heads, L + 1, width / heads), those of caption and text embedding in every block.
-    visible: (B, L + 1) bool, as in `PriorCondition`.
+    visible: (B, L + 1) bool, what later positions may see of caption and text embedding.
     """
 
     keys_values: torch.Tensor
@@ -150,6 +154,36 @@ class CaptionPrefix(nn.Module):
         text_embed = torch.where(dropped, self.null_text_embed, text_embed)
         return torch.cat([tokens, text_embed[:, None]], dim=1)
 
+    def visible(self, cond: PriorCondition) -> torch.Tensor:
+        """(B, L + 1) bool: what later positions may see of caption and text embedding.
+
+        Dropped captions show all L positions, which hold the same learned vector whatever the caption was.
+        """
+        return functional.pad(cond.text_mask | cond.text_dropped[:, None], (0, 1), value=True)
+
+
+class ClipCaptionPrefix(nn.Module):
+    """The same of CLIP's text transformer (Karlo): the states of the caption's tokens, then the text embedding, of any norm.
+
+    A dropped caption is the empty one.
+    """
+
+    def __init__(self, config: ClipTextConfig, width: int) -> None:
+        super().__init__()
+        self.encoder = config.build()
+        self.states_in = nn.Linear(config.width, width)
+        self.text_embed_in = nn.Linear(config.embed_dim, width)
+
+    def forward(self, cond: PriorCondition) -> torch.Tensor:
+        """(B, L + 1, width), without positions."""
+        states, text_embed = self.encoder(*self.encoder.kept_or_empty(cond.tokens, cond.text_dropped))
+        return torch.cat([self.states_in(states), self.text_embed_in(text_embed)[:, None]], dim=1)
+
+    def visible(self, cond: PriorCondition) -> torch.Tensor:
+        """(B, L + 1) bool: what later positions may see."""
+        _, mask = self.encoder.kept_or_empty(cond.tokens, cond.text_dropped)
+        return functional.pad(mask, (0, 1), value=True)
+
 
 class PriorModel(nn.Module):
     """A causal transformer over [caption tokens, text embedding, timestep, noised image embedding, query].
@@ -164,7 +198,9 @@ class PriorModel(nn.Module):
         super().__init__()
         self.config = config
         width, length = config.width, config.context_length + 1 + _STEP_TOKENS
-        self.prefix = CaptionPrefix(config)
+        self.prefix: CaptionPrefix | ClipCaptionPrefix = (
+            CaptionPrefix(config) if config.clip_text is None else ClipCaptionPrefix(config.clip_text, width)
+        )
         self.positional_embedding = nn.Parameter(torch.empty(length, width))
         self.time_embed = TimestepMLP(width, width)
         self.image_embed_in = nn.Linear(config.embed_dim, width)
@@ -184,9 +220,9 @@ class PriorModel(nn.Module):
         first, place = cond.distinct()
         told = cond.select(first)
         cache = KeyValueCache(self.config.context_length + 1)
-        prefix = self._positioned(self.prefix(told), start=0)
-        self.transformer(prefix, causal_mask(told.visible, prefix.shape[1]), earlier=cache, outputs=1)
-        return PreparedPriorCondition(keys_values=cache.keys_values(), visible=told.visible).select(place)
+        prefix, visible = self._positioned(self.prefix(told), start=0), self.prefix.visible(told)
+        self.transformer(prefix, causal_mask(visible, prefix.shape[1]), earlier=cache, outputs=1)
+        return PreparedPriorCondition(keys_values=cache.keys_values(), visible=visible).select(place)
 
     def forward(
         self, x_t: torch.Tensor, timesteps: torch.Tensor, cond: PriorCondition | PreparedPriorCondition
@@ -202,12 +238,14 @@ class PriorModel(nn.Module):
         time = self.time_embed(timesteps, dtype)
         image_embed = self.image_embed_in(x_t.to(dtype))
         sequence = torch.stack([time, image_embed, self.query.expand_as(time)], dim=1)
-        earlier = Prefix(cond.keys_values) if isinstance(cond, PreparedPriorCondition) else None
-        if isinstance(cond, PriorCondition):
-            sequence = torch.cat([self.prefix(cond), sequence], dim=1)
+        earlier = None
+        if isinstance(cond, PreparedPriorCondition):
+            earlier, visible = Prefix(cond.keys_values), cond.visible
+        else:
+            sequence, visible = torch.cat([self.prefix(cond), sequence], dim=1), self.prefix.visible(cond)
         length = sequence.shape[1]
         sequence = self._positioned(sequence, start=len(self.positional_embedding) - length)
-        visible = functional.pad(cond.visible, (0, _STEP_TOKENS), value=True)
+        visible = functional.pad(visible, (0, _STEP_TOKENS), value=True)
         states = self.transformer(sequence, causal_mask(visible, length), earlier=earlier, outputs=1)
         result: torch.Tensor = self.image_embed_out(states[:, 0])
         return result.float()

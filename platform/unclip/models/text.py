@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -11,11 +11,14 @@ from torch import nn
 from unclip.config.base import Config
 from unclip.models.layers import Transformer
 
+CLIP_VOCABULARY = 49408
+"""Tokens of CLIP's byte-pair encoding."""
+
 
 class TextTransformerConfig(Config):
     """Shape of a caption encoder."""
 
-    vocab_size: int = Field(default=49408, ge=1)
+    vocab_size: int = Field(default=CLIP_VOCABULARY, ge=1)
     """number of tokens; the default is CLIP's byte-pair encoding"""
     context_length: int = Field(ge=1)
     """tokens of a caption, padding included"""
@@ -25,6 +28,9 @@ class TextTransformerConfig(Config):
     """number of blocks"""
     heads: int = Field(ge=1)
     """attention heads of a block"""
+    pooling: Literal["last_token", "last_position"] = "last_token"
+    """whose state stands for the whole caption: the last real token's, or that of the last position, padding or not, as in
+    GLIDE's released models"""
     activation_checkpointing: bool = False
     """compute activations again in the backward pass instead of keeping them: less memory, a third more work"""
 
@@ -84,7 +90,7 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.padding_embedding, std=0.02)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, L, width) and that of the last real token (B, width), which stands for the whole caption.
+        """The states (B, L, width), and the one that stands for the whole caption (B, width), see `pooling`.
 
         Args:
             tokens: (B, context_length) integers.
@@ -94,6 +100,8 @@ class TextTransformer(nn.Module):
         x = self.token_embedding(tokens.long()) + self.positional_embedding
         x = torch.where(mask[..., None], x, self.padding_embedding)
         encodings = self.transformer(x)
+        if self.config.pooling == "last_position":
+            return encodings, encodings[:, -1]
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         last = (positions * mask).amax(dim=1)
         return encodings, encodings[torch.arange(tokens.shape[0], device=tokens.device), last]

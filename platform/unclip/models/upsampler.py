@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -17,12 +17,19 @@ from unclip.models.unet import UNetCondition, UNetConfig
 
 _PICTURE_CHANNELS = 3
 
+Resize = Literal["bilinear", "bicubic"]
+"""How the low-resolution picture is brought to the size of x_t; bicubic with antialiasing, as Karlo does."""
+
 
 class UpsamplerConfig(Config):
     """Shape of an upsampler."""
 
     unet: UNetConfig
     """the network: 6 input channels, which are the noised picture and the upsampled low-resolution one; no attention"""
+    resize: Resize = "bilinear"
+    """how the low-resolution picture is brought to the size of the large one; bicubic with antialiasing, as Karlo does"""
+    last_step: bool = False
+    """True: a second network of the same shape takes the step to the clean picture, at timestep 0 (Karlo)"""
     noise_conditioning: bool = False
     """True: noise is added to the low-resolution picture, and the network is told how much (Ho et al. 2022, "Cascaded
     diffusion models": conditioning augmentation)"""
@@ -67,9 +74,11 @@ class PreparedUpsamplerCondition(PreparedCondition):
     unet: UNetCondition
 
 
-def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, 3, h, w) -> (B, 3, *size) bilinear: the low-resolution condition as the network sees it, everywhere."""
-    return functional.interpolate(low_res.float(), size=size, mode="bilinear", align_corners=False)
+def upsample_low_res(low_res: torch.Tensor, size: tuple[int, int], resize: Resize = "bilinear") -> torch.Tensor:
+    """(B, 3, h, w) -> (B, 3, *size): the low-resolution condition as the network sees it, everywhere."""
+    return functional.interpolate(
+        low_res.float(), size=size, mode=resize, align_corners=False, antialias=resize == "bicubic"
+    )
 
 
 class UpsamplerModel(nn.Module):
@@ -80,6 +89,7 @@ class UpsamplerModel(nn.Module):
         self.config = config
         unet = config.unet
         self.unet = unet.build()
+        self.last_unet = unet.build() if config.last_step else None
         self.level_embed = TimestepMLP(unet.channels, unet.embedding_dim) if config.noise_conditioning else None
 
     def prepare(self, cond: UpsamplerCondition) -> PreparedUpsamplerCondition:
@@ -107,5 +117,22 @@ class UpsamplerModel(nn.Module):
         if cond.low_res.shape != x_t.shape:
             raise ValueError(f"low_res has shape {tuple(cond.low_res.shape)}, but x_t {tuple(x_t.shape)}")
         prepared = self.prepare(cond) if isinstance(cond, UpsamplerCondition) else cond
-        result: torch.Tensor = self.unet(torch.cat([x_t.float(), cond.low_res], dim=1), timesteps, prepared.unet)
-        return result
+        x = torch.cat([x_t.float(), cond.low_res], dim=1)
+        return self._denoised(x, timesteps, prepared.unet)
+
+    def _denoised(self, x: torch.Tensor, timesteps: torch.Tensor, cond: UNetCondition) -> torch.Tensor:
+        """Each sample through the network of its timestep."""
+        last = timesteps == 0
+        if self.last_unet is None or not bool(last.any()):
+            result: torch.Tensor = self.unet(x, timesteps, cond)
+            return result
+        if bool(last.all()):
+            ended: torch.Tensor = self.last_unet(x, timesteps, cond)
+            return ended
+        order = torch.cat([(~last).nonzero()[:, 0], last.nonzero()[:, 0]])
+        first, final = order[: int((~last).sum())], order[int((~last).sum()) :]
+        parts = [
+            network(x[rows], timesteps[rows], cond.select(rows))
+            for network, rows in ((self.unet, first), (self.last_unet, final))
+        ]
+        return torch.cat(parts)[order.argsort()]

@@ -4,6 +4,10 @@
 two, and the CLIP that the stage was trained with. The manifest is written last and deleted first, so a stage without one is
 not there, whatever was killed in between; and as a stage touches nothing outside its folder, stages may be exported at the
 same time. Nothing in a bundle is ever unpickled.
+
+A bundle is a folder, a prefix on an object store, or a repository of the Hugging Face hub by its name, `hf-hub:ORG/NAME` or
+`hf-hub:ORG/NAME@REVISION`. Of a repository nothing but these files is fetched, each stage's weights when they are asked for,
+and all of one commit.
 """
 
 from __future__ import annotations
@@ -32,11 +36,15 @@ from unclip.pipelines.stages import STAGE_NAMES, StageConfig, StageName, stage_c
 from unclip.pipelines.stages.probing import probe_outputs
 from unclip.utils import storage
 from unclip.utils.hashing import sha256_file
+from unclip.utils.hub import HUB_PREFIX, hub_folder, parse_hub
 
 SCHEMA_VERSION = 2
 _MAX_ATTRIBUTION = 400
 """Characters: what a line or two below a sheet of pictures hold."""
 _CONFIG, _WEIGHTS, _MANIFEST = "config.json", "model.safetensors", "manifest.json"
+_SETTINGS = tuple(f"{name}/{file}" for name in STAGE_NAMES for file in (_CONFIG, _MANIFEST))
+_MAX_SETTINGS = 2**24
+"""Bytes of a configuration or manifest in a repository that anybody may have made."""
 
 
 class BundleError(ValueError):
@@ -84,7 +92,10 @@ Manifests = Mapping[StageName, StageManifest]
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifests, configurations and file sizes were found right; weights are read when asked for."""
+    """A bundle whose manifests, configurations and file sizes were found right; weights are read when asked for.
+
+    uri: absolute; of a repository of the hub with the commit that it was found at.
+    """
 
     uri: str
     manifests: Manifests
@@ -93,15 +104,16 @@ class Bundle:
     @classmethod
     def load(cls, uri: str) -> Bundle:
         """Reads everything but the weights; `BundleError` names the file where something is not as it should be."""
-        uri = storage.absolute(uri)
-        manifests = _read_manifests(uri)
+        uri, folder = _found(uri)
+        manifests = _read_manifests(folder)
         if not manifests:
             raise BundleError(f"{uri!r} is no bundle: none of {', '.join(STAGE_NAMES)} in it has a {_MANIFEST}")
         for name, manifest in manifests.items():
             _check_same_clip(uri, manifests, name=name, clip=manifest.clip)
-        configs = {name: _read_config(uri, name, manifest) for name, manifest in manifests.items()}
-        for name, manifest in manifests.items():
-            _check_weights_size(uri, name, manifest)
+        configs = {name: _read_config(folder, name, manifest) for name, manifest in manifests.items()}
+        if not uri.startswith(HUB_PREFIX):  # whose weights are not there yet
+            for name, manifest in manifests.items():
+                _check_weights_size(uri, name, manifest)
         return cls(uri=uri, manifests=manifests, configs=configs)
 
     @property
@@ -132,7 +144,7 @@ class Bundle:
         """
         if name not in self.configs:
             raise BundleError(f"{self.uri!r} has no stage {name!r}; it has {', '.join(self.configs) or 'none'}")
-        uri = storage.join(self.uri, name, _WEIGHTS)
+        uri = _weights(self.uri, name, self.manifests[name])
         with storage.local_file(uri) as path:
             if _describe_file(path) != self.manifests[name].weights:
                 raise BundleError(f"{uri!r} is damaged: its hash is not the one in {_MANIFEST}; export the stage again")
@@ -158,6 +170,37 @@ class Bundle:
                 f"but {source!r} has {clip.fingerprint}"
             )
         return clip
+
+
+def _found(uri: str) -> tuple[str, str]:
+    """A bundle's address for good, and the folder that has its manifests and configurations."""
+    try:
+        name = parse_hub(uri)
+        if name is None:
+            uri = storage.absolute(uri)
+            return uri, uri
+        if name.path is not None:
+            raise ValueError(f"a bundle is a whole repository, not {name.path!r} in one")
+        folder = hub_folder(name, _SETTINGS, at_most=_MAX_SETTINGS)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{uri!r}: {_first_line(error)}") from None
+    return f"{HUB_PREFIX}{name.repo}@{folder.name}", str(folder)
+
+
+def _weights(uri: str, stage: StageName, manifest: StageManifest) -> str:
+    """Where a stage's weights are; those of a repository are fetched, no more bytes than the manifest says."""
+    name = parse_hub(uri)
+    if name is None:
+        return storage.join(uri, stage, _WEIGHTS)
+    file = f"{stage}/{_WEIGHTS}"
+    try:
+        return storage.join(str(hub_folder(name, [file], at_most=manifest.weights.bytes)), file)
+    except OSError as error:
+        raise BundleError(f"{uri!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def save_stage(

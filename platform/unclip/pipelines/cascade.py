@@ -17,11 +17,13 @@ import torch
 from pydantic import Field
 
 from unclip.config.base import Config, ConfigError
+from unclip.models.text import CLIP_VOCABULARY
 from unclip.pipelines.bundle import BundleError
 from unclip.pipelines.guides import GuideOptions, check_guides
 from unclip.pipelines.options import AnySampling, DecoderOptions, PriorOptions, SamplerOptions
 from unclip.pipelines.stages import (
     AnyPriorStageConfig,
+    ARPriorStageConfig,
     ClipStageConfig,
     DecoderStageConfig,
     NoisedClipStageConfig,
@@ -94,17 +96,18 @@ def plan_cascade(
     decoder = configs.get("decoder")
     if not isinstance(decoder, DecoderStageConfig):
         raise BundleError(f"pictures need the stage decoder; the bundle has {', '.join(configs) or 'none'}")
+    _check_vocabulary(decoder)
     prior = _prior_before(decoder, configs, with_prior)
     guidance = options.decoder.guidance
     check_guides(configs, decoder, guidance)
     sampling: dict[StageName, AnySampling] = {}
     if prior is not None:
-        sampling["prior"] = options.prior.apply("prior", prior)
-    sampling["decoder"] = options.decoder.apply("decoder", decoder)
+        sampling["prior"] = options.prior.apply("options.prior", prior)
+    sampling["decoder"] = options.decoder.apply("options.decoder", decoder)
     sizes: dict[StageName, int] = {"decoder": decoder.image_size}
     for name, upsampler in _upsamplers(configs, decoder.image_size, options.up_to).items():
         changes: SamplerOptions = getattr(options, name)
-        sampling[name], sizes[name] = changes.apply(name, upsampler), upsampler.image_size
+        sampling[name], sizes[name] = changes.apply(f"options.{name}", upsampler), upsampler.image_size
     if options.up_to not in (None, max(sizes.values())):
         raise ConfigError(
             f"options.up_to = {options.up_to}: the bundle makes {', '.join(map(str, sizes.values()))} pixels"
@@ -117,6 +120,16 @@ def plan_cascade(
         lengths.append(noised_clip.model.text.context_length)
     room = min((length for length in lengths if length is not None), default=sys.maxsize)
     return Cascade(sampling, sizes, guidance, room, decoder.classes)
+
+
+def _check_vocabulary(decoder: DecoderStageConfig) -> None:
+    """Refuses a decoder whose captions are tokens that nothing here makes of text, as GLIDE's are."""
+    text = decoder.model.text
+    if text is not None and text.vocab_size != CLIP_VOCABULARY:
+        raise BundleError(
+            f"the decoder's captions are tokens of another vocabulary (model.text.vocab_size = {text.vocab_size}) than CLIP's "
+            "byte-pair encoding, so it cannot be asked by prompts; DecoderStage.sample takes tokens"
+        )
 
 
 def _prior_before(
@@ -134,6 +147,11 @@ def _prior_before(
     if not isinstance(prior, AnyPriorStageConfig):
         raise BundleError(
             f"the decoder is told an image embedding, which needs the stage prior; the bundle has {', '.join(configs)}"
+        )
+    made = isinstance(prior, ARPriorStageConfig) or prior.unit_norm
+    if made != decoder.unit_norm:
+        raise BundleError(
+            f"decoder.unit_norm = {decoder.unit_norm}: the prior makes embeddings {'of' if made else 'that are not of'} unit norm"
         )
     return prior
 

@@ -38,8 +38,8 @@ class SamplerOptions(Config):
     eta: float | None = Field(None, ge=0, le=1)
     """Noise of a DDIM step."""
 
-    def apply(self, name: str, stage: AnyPriorStageConfig | DecoderStageConfig | UpsamplerStageConfig) -> AnySampling:
-        """The stage's sampling with these changes; `ConfigError` naming the stage where they do not suit it."""
+    def apply(self, field: str, stage: AnyPriorStageConfig | DecoderStageConfig | UpsamplerStageConfig) -> AnySampling:
+        """The stage's sampling with these changes; `ConfigError` naming `field`, which they are the value of."""
         changes = {key: value for key, value in self.sampling_changes().items() if value is not None}
         if self.timesteps_list is not None:
             changes.setdefault("num_inference_steps", len(self.timesteps_list))
@@ -50,7 +50,7 @@ class SamplerOptions(Config):
             if isinstance(sampling, SamplingConfig) and not isinstance(stage, ARPriorStageConfig):
                 sampling.timesteps(stage.diffusion.num_train_timesteps)
         except ValueError as error:
-            raise ConfigError(f"options.{name}: {error}") from None
+            raise ConfigError(f"{field}: {error}") from None
         return sampling
 
     def sampling_changes(self) -> dict[str, Any]:

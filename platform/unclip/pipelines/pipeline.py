@@ -168,8 +168,9 @@ class Pipeline:
         return clip.encode_text(clip.tokenize(prompts))
 
     def encode_image(self, pictures: npt.NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
-        """z_i (B, D) of pictures uint8 (B, H, W, 3), unit norm."""
-        return self._required_clip("the embedding of a picture").encode_image(pictures)
+        """z_i (B, D) of pictures uint8 (B, H, W, 3), of unit norm unless the decoder's are not."""
+        clip = self._required_clip("the embedding of a picture")
+        return clip.encode_image(pictures, unit_norm=self.decoder.config.unit_norm)
 
     def told(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the decoder is told of prompts themselves: tokens, CLIP's states of them, or the class that they name."""

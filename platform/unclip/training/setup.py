@@ -14,8 +14,9 @@ from unclip.data.embedding import clip_inputs
 from unclip.data.labels import check_labels, distinct_labels
 from unclip.data.manifest import DataError, Manifest, check_same_types, records_identity, scan
 from unclip.data.order import RunOrder, batch_shares
-from unclip.models.clip import ClipModel, load_clip
+from unclip.models.clip import ClipModel
 from unclip.pipelines.bundle import ClipReference, check_clip
+from unclip.pipelines.clips import absolute_clip, load_clip_named
 from unclip.pipelines.stages.classifier import MAX_CLASSES
 from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
@@ -40,6 +41,19 @@ class PreparedRun:
         """What the licences of the records want said, where their manifests say it."""
         said = (manifest.facts.get("attribution") for manifest in self.manifests)
         return list(dict.fromkeys(text for text in said if isinstance(text, str)))
+
+    def data_facts(self, samples_seen: int) -> list[dict[str, Any]]:
+        """What may be told of each source in public: its name, licence and size, and how much of it was trained on."""
+        return [
+            {
+                "name": manifest.facts.get("source") or manifest.uri.rsplit("/", 1)[-1],
+                "licence": manifest.facts.get("licence"),
+                "rows": report["rows"],
+                "samples": report["samples"],
+                "identity": records_identity(manifest),
+            }
+            for manifest, report in zip(self.manifests, self.data_report(samples_seen), strict=True)
+        ]
 
     def data_report(self, samples_seen: int) -> list[dict[str, Any]]:
         """What a run that saw so many samples has trained of each source; plain JSON values.
@@ -154,11 +168,6 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.clip:
         changes["clip"] = absolute_clip(config.clip)
     return config.merged(changes)
-
-
-def absolute_clip(source: str) -> str:
-    """`source` as it means the same from any folder: absolute where it is a folder of ours, else a name as it is."""
-    return storage.absolute(source) if storage.exists(storage.join(source, "config.json")) else source
 
 
 def _scan_all(config: TrainConfig, columns: Sequence[str]) -> tuple[Manifest, ...]:
@@ -281,14 +290,6 @@ def mixed_statistics(
     mean = (shares * means).sum(axis=0)
     variance = (shares * (stds**2 + (means - mean) ** 2)).sum(axis=0)
     return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist()}
-
-
-def load_clip_named(source: str) -> ClipModel:
-    """The CLIP that `source` names; `ConfigError` says why there is none."""
-    try:
-        return load_clip(source)
-    except ValueError as error:
-        raise ConfigError(f"clip = {source!r}: {error}") from None
 
 
 def _clip_in_stream(config: TrainConfig) -> dict[str, Any]:

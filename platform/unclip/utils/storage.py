@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from unclip.utils.hub import HUB_PREFIX
+
 _PROBE = ".unclip-"
 PART_LINES = 256
 """Lines in a part of a file that grows on an object store."""
@@ -24,7 +26,7 @@ PART_LINES = 256
 
 def is_local(uri: str) -> bool:
     """True for plain paths and `file://` addresses."""
-    return "://" not in uri or uri.startswith("file://")
+    return ("://" not in uri and not uri.startswith(HUB_PREFIX)) or uri.startswith("file://")
 
 
 def absolute(uri: str) -> str:
@@ -35,6 +37,8 @@ def absolute(uri: str) -> str:
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of `uri` and the path inside it. It may be used from any thread and remembers no listings."""
     uri = absolute(uri)
+    if uri.startswith(HUB_PREFIX):
+        raise FileNotFoundError(f"{uri!r}: a repository of a hub is no folder; only whole bundles are read from one")
     if uri.startswith(("s3://", "s3a://")):
         from unclip.utils.s3 import connection  # here, since it takes a second that local runs can do without
 

@@ -291,7 +291,7 @@ def test_compiles_without_graph_breaks(build: Callable[[str], DecoderModel], nam
     [
         ({"unet": unet(attention_resolutions=()), "text": TEXT}, "attention_resolutions"),
         ({"unet": unet(attention_resolutions=()), "embed_dim": 6}, "attention_resolutions"),
-        ({"unet": unet(), "text": TEXT, "text_states": STATES}, "text and text_states exclude each other"),
+        ({"unet": unet(), "text": TEXT, "text_states": STATES}, "text, text_states and clip_text exclude each other"),
         ({"unet": unet()}, "at least one input"),
     ],
 )

@@ -112,3 +112,28 @@ def test_conditions_that_do_not_fit_are_named() -> None:
 def test_other_nets_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UpsamplerConfig(unet=UNetConfig(**(UNET.to_dict() | changes)))
+
+
+def test_the_last_step_has_a_network_of_its_own(randomized: Callable[[nn.Module], nn.Module]) -> None:
+    """At timestep 0, for each sample of a batch by itself."""
+    config = UpsamplerConfig(unet=UNET, last_step=True)
+    model, x_t = randomized(config.build()), random_picture(16, 0, rows=4)
+    cond, timesteps = UpsamplerCondition(random_picture(16, 1, rows=4)), torch.tensor([0, 500, 0, 20])
+    x = torch.cat([x_t, cond.low_res], dim=1)
+    first, last = model.unet(x, timesteps), model.last_unet(x, timesteps)
+    assert (first - last).abs().flatten(1).amax(dim=1).min() > 1e-2
+    expected = torch.where((timesteps == 0)[:, None, None, None], last, first)
+    torch.testing.assert_close(model(x_t, timesteps, cond), expected, rtol=1e-5, atol=1e-5)
+    for rows in ([0, 2], [1, 3]):
+        part = model(x_t[rows], timesteps[rows], model.prepare(cond).select(torch.tensor(rows)))
+        torch.testing.assert_close(part, expected[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_bicubic_is_antialiased_and_another_than_bilinear() -> None:
+    """As Karlo enlarges: with antialiasing, where that makes no difference, and smaller with one."""
+    small, large = random_picture(8, 0), random_picture(16, 0)
+    resized = upsample_low_res(small, (16, 16), "bicubic")
+    expected = nn.functional.interpolate(small, (16, 16), mode="bicubic", align_corners=False, antialias=True)
+    torch.testing.assert_close(resized, expected, rtol=0, atol=0)
+    assert (resized - upsample_low_res(small, (16, 16))).abs().max() > 1e-2
+    assert upsample_low_res(large, (8, 8), "bicubic").std() < large.std() / 1.5

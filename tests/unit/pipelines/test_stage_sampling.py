@@ -237,7 +237,7 @@ def test_a_low_res_condition_is_its_8_bits_between_pixel_centres() -> None:
     """Golden: four grey values, off the 8-bit grid by less than half of it, at twice the size."""
     row = torch.tensor([0.0, 64.0, 128.0, 255.0]) / 127.5 - 1
     low_res = row.expand(1, 3, 4, 4) + 0.3 / 127.5
-    cond = low_res_condition(low_res, 8, make_process(), noise_level=None, generator=streams())
+    cond = low_res_condition(low_res, 8, make_process(), noise_level=None, generator=streams(), resize="bilinear")
     expected = torch.tensor([0, 16, 48, 80, 112, 159.75, 223.25, 255]) / 127.5 - 1
     torch.testing.assert_close(cond.low_res, expected.expand(1, 3, 8, 8))
     assert cond.noise_level is None
@@ -246,13 +246,18 @@ def test_a_low_res_condition_is_its_8_bits_between_pixel_centres() -> None:
 def test_the_low_res_conditions_noise_is_the_processs_at_its_level() -> None:
     process, level = make_process(), torch.tensor([10, 40])
     low_res = to_signed(torch.full((2, 32, 32, 3), 200, dtype=torch.uint8))
-    cond = low_res_condition(low_res, 32, process, noise_level=level, generator=streams())
+    cond = low_res_condition(low_res, 32, process, noise_level=level, generator=streams(), resize="bilinear")
     abar = process.alphas_cumprod(level).float()
     torch.testing.assert_close(cond.low_res.mean(dim=(1, 2, 3)), abar.sqrt() * low_res[0, 0, 0, 0], rtol=0, atol=0.08)
     torch.testing.assert_close(cond.low_res.var(dim=(1, 2, 3)), 1 - abar, rtol=0.1, atol=0)
     assert cond.noise_level is level
     single = low_res_condition(
-        low_res[1:], 32, process, noise_level=level[1:], generator=SampleGenerator(streams().keys[1:])
+        low_res[1:],
+        32,
+        process,
+        noise_level=level[1:],
+        generator=SampleGenerator(streams().keys[1:]),
+        resize="bilinear",
     )
     torch.testing.assert_close(single.low_res, cond.low_res[1:])
 
@@ -265,7 +270,9 @@ def test_the_upsampler_samples_at_its_noise_level(tiny_configs: Mapping[str, Any
     pictures = UpsamplerStage(config, network).sample(low_res, streams(), sampling=config.sampling)
     assert pictures.shape == (2, 3, 32, 32)
     assert network.cond.noise_level.tolist() == [level, level]
-    plain = low_res_condition(low_res, 32, make_process(), noise_level=None, generator=streams()).low_res
+    plain = low_res_condition(
+        low_res, 32, make_process(), noise_level=None, generator=streams(), resize="bilinear"
+    ).low_res
     assert (network.cond.low_res - plain).std() == pytest.approx(0.0 if level == 0 else 0.5, abs=0.3 if level else 0.1)
 
 
@@ -273,7 +280,7 @@ def test_the_upsampler_tells_its_network_the_small_picture(tiny_configs: Mapping
     config, network = tiny_configs["upsampler_256"], Echo()
     low_res = torch.rand(2, 3, 16, 16) * 2 - 1
     UpsamplerStage(config, network).sample(low_res, streams(), sampling=config.sampling)
-    expected = low_res_condition(low_res, 32, make_process(), noise_level=None, generator=streams())
+    expected = low_res_condition(low_res, 32, make_process(), noise_level=None, generator=streams(), resize="bilinear")
     torch.testing.assert_close(network.cond.low_res, expected.low_res)
     assert network.cond.noise_level is None
 

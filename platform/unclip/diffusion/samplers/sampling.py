@@ -78,6 +78,21 @@ class SamplingConfig(Config):
         low, high = self.guidance_interval or (0.0, 1.0)
         return round(low * num_train_timesteps), round(high * num_train_timesteps)
 
+    @classmethod
+    def build_sampler(cls, configs: Sequence[SamplingConfig], device: torch.device) -> Sampler:
+        """One step for samples with these settings, all of this class and of the same `sampler`.
+
+        A subclass with a sampler of its own builds that here; docs/extending.md shows one.
+        """
+        name = configs[0].sampler
+        if name == "ddpm":
+            return DDPM()
+        if name == "ddim":
+            etas = [config.eta for config in configs]
+            alike = len(set(etas)) == 1
+            return DDIM(etas[0] if alike else torch.tensor(etas, dtype=torch.float64, device=device))
+        return DPMSolverPP(stochastic=name == "sde-dpmsolver++")
+
     def sample(
         self,
         denoise: Denoise[Any],
@@ -116,13 +131,13 @@ class MixedSampling:
 
     def sampler(self, device: torch.device) -> Sampler:
         """One step for all samples: a sampler, or several with their rows where the settings name several."""
-        rows: dict[SamplerName, list[int]] = {}
+        rows: dict[tuple[type[SamplingConfig], str], list[int]] = {}
         for row, config in enumerate(self.configs):
-            rows.setdefault(config.sampler, []).append(row)
-        samplers = {name: _sampler(name, self.select(group).configs, device) for name, group in rows.items()}
+            rows.setdefault((type(config), config.sampler), []).append(row)
+        samplers = {kind: kind[0].build_sampler(self.select(group).configs, device) for kind, group in rows.items()}
         if len(samplers) == 1:
             return next(iter(samplers.values()))
-        return MixedSampler(tuple((samplers[name], torch.tensor(rows[name], device=device)) for name in rows))
+        return MixedSampler(tuple((samplers[kind], torch.tensor(rows[kind], device=device)) for kind in rows))
 
     def guided(
         self, denoise: Denoise[Any], process: DiffusionProcess, device: torch.device
@@ -172,13 +187,3 @@ class MixedSampling:
         prepared = GuidedCondition.of(cond, prepare) if needs_guidance else prepare(cond)
         timesteps = [config.timesteps(process.num_train_timesteps) for config in self.configs]
         return run_steps(settings, x_T, timesteps, process, generator, prepared, progress)
-
-
-def _sampler(name: SamplerName, configs: Sequence[SamplingConfig], device: torch.device) -> Sampler:
-    if name == "ddpm":
-        return DDPM()
-    if name == "ddim":
-        etas = [config.eta for config in configs]
-        alike = len(set(etas)) == 1
-        return DDIM(etas[0] if alike else torch.tensor(etas, dtype=torch.float64, device=device))
-    return DPMSolverPP(stochastic=name == "sde-dpmsolver++")

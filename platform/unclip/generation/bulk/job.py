@@ -96,7 +96,9 @@ class BulkJob:
             raise DataError(
                 f"{self.config.out!r}: {len(absent)} of {len(self.prompts.units)} units are not there, the first {absent[0]}"
             )
-        manifest = self.folder.finish(receipts, self.prompts.rows) | dict(extra or {})
+        manifest = (
+            self.folder.finish(receipts, self.prompts.rows) | {"settings": self.cascade.settings} | dict(extra or {})
+        )
         sheet = sample_sheet(self.config.out, [receipts[unit] for unit in sorted(receipts)], self.folder.sizes)
         if sheet is not None:
             write_grid(sheet, storage.join(self.config.out, SHEET))

@@ -225,7 +225,7 @@ def _from_decoder(request: Request, options: GenerationOptions, configs: Configs
     if embed is not None:
         if width is None:
             raise ValueError("image_embed is given, but the decoder is told none")
-        _check_embed("image_embed", embed, width)
+        _check_embed("image_embed", embed, width, unit_norm=_decoder_of(configs).unit_norm)
     if cascade.classes and request.negative_prompt is not None:
         raise ConfigError(f"negative_prompt = {request.negative_prompt!r}: the decoder knows classes, and no captions")
     if request.prompt is None:
@@ -262,7 +262,7 @@ def _from_picture(request: Request, low_res: Picture, configs: Configs) -> Casca
     for name in UPSAMPLERS:
         config = configs.get(name)
         if isinstance(config, UpsamplerStageConfig) and config.low_res_size == size and (up_to is None or size < up_to):
-            sampling[name] = getattr(request.options, name).apply(name, config)
+            sampling[name] = getattr(request.options, name).apply(f"options.{name}", config)
             sizes[name] = size = config.image_size
     if not sampling or low_res.shape[1] != low_res.shape[0]:
         raise ValueError(
@@ -310,7 +310,7 @@ def _check_encoded(
         raise ValueError(f"{name} is given without what it is the encoding of")
     prior = configs.get("prior")
     if "prior" in route.sampling and isinstance(prior, AnyPriorStageConfig):
-        _check_embed(f"{name}.text_embed", encoded.text_embed, prior.model.embed_dim)
+        _check_embed(f"{name}.text_embed", encoded.text_embed, prior.model.embed_dim, unit_norm=True)
     states = _decoder_of(configs).model.text_states if "decoder" in route.sampling else None
     if states is not None:
         expected, found = (states.context_length, states.state_dim), encoded.text_states
@@ -319,7 +319,8 @@ def _check_encoded(
             raise ValueError(f"{name}.text_states must be {expected} of finite numbers, and is {shape}")
 
 
-def _check_embed(name: str, embed: torch.Tensor, width: int) -> None:
+def _check_embed(name: str, embed: torch.Tensor, width: int, *, unit_norm: bool) -> None:
     if tuple(embed.shape) != (width,):
         raise ValueError(f"{name} must be ({width},), not {tuple(embed.shape)}")
-    check_unit_norm(name, embed[None])
+    if unit_norm:
+        check_unit_norm(name, embed[None])

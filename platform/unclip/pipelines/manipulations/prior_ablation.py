@@ -26,11 +26,13 @@ def prior_ablation(
     `caption only`: no image embedding at all; `text embedding`: z_t in the place of z_i; `prior`: the prior's z_i. Without
     a caption of its own a decoder has no first one.
 
-    Raises `ConfigError` where the decoder is told no image embedding.
+    Raises `ConfigError` where the decoder is told no image embedding, or none of unit norm.
     """
     model = pipeline.decoder.config.model
     if model.embed_dim is None:
         raise ConfigError(f"the decoder is told {', '.join(model.inputs)}: without image embedding there is no prior")
+    if not pipeline.decoder.config.unit_norm:
+        raise ConfigError("decoder.unit_norm = False: a text embedding, of unit norm, is nothing that it takes for z_i")
     draw = pipeline.draw(seeds, options=options, progress=progress)
     z_t = pipeline.encode_text(prompts)
     told = {"text embedding": z_t, "prior": draw.prior(prompts, text_embed=z_t)}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from unclip.config.base import ConfigError
 from unclip.pipelines.cascade import CascadeOutput, GenerationOptions
 from unclip.pipelines.draw import StageProgress
 from unclip.pipelines.inversion import deterministic
@@ -48,6 +49,8 @@ def probing(
     progress: StageProgress | None = None,
 ) -> CascadeOutput:
     """Pictures of N embeddings by growing numbers of components, by DDIM from one x_T; arguments as for `partial_embeds`."""
+    if not pipeline.decoder.config.unit_norm:
+        raise ConfigError("decoder.unit_norm = False: components are those of embeddings of unit norm")
     embeds = partial_embeds(image_embed.to(pipeline.device), mean, components, counts)
     return pipeline.draw([seed] * len(embeds), options=deterministic(options), progress=progress).cascade_of(
         image_embed=embeds

@@ -63,7 +63,8 @@ def text_diff(
         seed: of the upsamplers, the same for all.
     """
     latents = invert(pipeline, pictures, options=options).repeat(len(path))
-    towards = direction(pipeline, target, source).expand_as(latents.image_embed)
+    # Turned, and neither longer nor shorter for it: z_i need not have unit norm.
+    towards = direction(pipeline, target, source) * latents.image_embed.norm(dim=1, keepdim=True)
     share = torch.tensor(path, dtype=torch.float64, device=pipeline.device).repeat(len(pictures))
     draw = pipeline.draw([seed] * len(share), options=deterministic(options), progress=progress)
     return draw.cascade_of(image_embed=slerp(latents.image_embed, towards, share), x_T=latents.x_T)

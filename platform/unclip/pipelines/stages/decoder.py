@@ -53,6 +53,8 @@ class DecoderStageConfig(Config):
     """How it samples unless a request says otherwise."""
     normalizer: EmbeddingNormalizerConfig = EmbeddingNormalizerConfig()
     """Applied to z_i before the network sees it."""
+    unit_norm: bool = True
+    """Whether z_i has unit norm; false: it is as CLIP's projection gives it, whose norm then counts (Karlo)."""
     label_column: str | None = Field(default=None, min_length=1)
     """Column of the records that holds the class, for a model with classes; values are compared as text."""
     classes: tuple[str, ...] = ()
@@ -152,7 +154,8 @@ class DecoderStage(DiffusionStage):
         """
         inputs = self._placeholders(dropped, generator.keys) | dict(further)
         if image_embed is not None:
-            check_unit_norm("image_embed", image_embed)
+            if self.config.unit_norm:
+                check_unit_norm("image_embed", image_embed)
             inputs["image_embed"] = self._normalizer.normalize(image_embed)
         if tokens is not None:
             inputs["tokens"] = tokens
@@ -188,7 +191,7 @@ class DecoderStage(DiffusionStage):
         """(B, 3, S, S) in [-1, 1], S = `config.image_size`.
 
         Args:
-            image_embed: (B, D) z_i, unit norm; None where the decoder is not told.
+            image_embed: (B, D) z_i, of unit norm with `config.unit_norm`; None where the decoder is not told.
             tokens: (B, L) int64 in the context length of this stage; None where the decoder is not told.
             generator: a stream for each of the B pictures.
             further: what else the decoder is told, see `decoder_condition`. Without `known` nothing is known.

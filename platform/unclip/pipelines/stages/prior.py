@@ -35,6 +35,8 @@ class PriorStageConfig(Config):
     """How it samples unless a request says otherwise."""
     normalizer: EmbeddingNormalizerConfig
     """Brings z_i to the unit variance that the process works on, and back."""
+    unit_norm: bool = True
+    """Whether z_i has unit norm; false: it is as CLIP's projection gives it, whose norm then counts (Karlo)."""
     num_draws: int = Field(2, ge=1, le=64)
     """Embeddings drawn for each caption, of which the one nearest z_t is kept (§2.2: two)."""
 
@@ -87,8 +89,9 @@ class PriorStage(DiffusionStage):
         return Start(x_T, PriorCondition.of_captions(text_embed, tokens), negative)
 
     def finish(self, x_start: torch.Tensor) -> torch.Tensor:
-        """z_i (B, D) of unit norm: CLIP's embeddings lie on the unit sphere, and so the draws are put back on it."""
-        return functional.normalize(self._normalizer.denormalize(x_start), dim=1)
+        """z_i (B, D): with `config.unit_norm` CLIP's embeddings lie on the unit sphere, and so the draws are put back on it."""
+        embeds = self._normalizer.denormalize(x_start)
+        return functional.normalize(embeds, dim=1) if self.config.unit_norm else embeds
 
     def sample(
         self,
@@ -100,7 +103,7 @@ class PriorStage(DiffusionStage):
         negative: PriorCondition | None = None,
         progress: Progress | None = None,
     ) -> torch.Tensor:
-        """z_i (B, D) of unit norm: the best of `config.num_draws` for each caption.
+        """z_i (B, D): the best of `config.num_draws` for each caption.
 
         Args:
             text_embed: (B, D) z_t, unit norm.

@@ -147,7 +147,7 @@ def _decoder(config: DecoderStageConfig, model: Any, device: torch.device) -> Ou
     if shape.embed_dim is not None:
         told["image_embed"] = inputs.normal("image_embed", shape.embed_dim)
     if shape.context_length is not None:
-        vocabulary = _CLIP_VOCABULARY if shape.text is None else shape.text.vocab_size
+        vocabulary = shape.vocab_size or _CLIP_VOCABULARY
         told["tokens"] = inputs.tokens(shape.context_length, vocabulary)
     if shape.text_states is not None:
         told["text_states"] = inputs.normal("states", shape.text_states.context_length, shape.text_states.state_dim)

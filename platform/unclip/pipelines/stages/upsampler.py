@@ -12,7 +12,7 @@ from unclip.config.base import Config
 from unclip.diffusion.guidance import Guide
 from unclip.diffusion.process import DiffusionConfig, DiffusionProcess
 from unclip.diffusion.samplers import Progress, SamplingConfig
-from unclip.models.upsampler import UpsamplerCondition, UpsamplerConfig, UpsamplerModel, upsample_low_res
+from unclip.models.upsampler import Resize, UpsamplerCondition, UpsamplerConfig, UpsamplerModel, upsample_low_res
 from unclip.pipelines.pictures import PICTURE_CHANNELS, picture_noise, to_signed, to_uint8
 from unclip.pipelines.stages.checks import channels_last, check_channels, check_signed, check_size
 from unclip.pipelines.stages.diffusion_stage import DiffusionStage, Start
@@ -77,6 +77,7 @@ def low_res_condition(
     *,
     noise_level: torch.Tensor | None,
     generator: SampleGenerator,
+    resize: Resize,
 ) -> UpsamplerCondition:
     """What an upsampler is told of a small picture: the one way it is made, in training and in sampling.
 
@@ -90,12 +91,13 @@ def low_res_condition(
         process: whose noise it is.
         noise_level: (B,) int64, timestep of each picture's noise; None for no noise.
         generator: a stream for each of the B pictures.
+        resize: how it is interpolated.
     """
     picture = to_signed(to_uint8(low_res))
     if noise_level is not None:
         noise = generator.child("low-res noise").normal(tuple(picture.shape[1:]))
         picture = process.q_sample(picture, noise_level, noise)
-    return UpsamplerCondition(upsample_low_res(picture, (size, size)), noise_level)
+    return UpsamplerCondition(upsample_low_res(picture, (size, size), resize), noise_level)
 
 
 class UpsamplerStage(DiffusionStage):
@@ -115,7 +117,14 @@ class UpsamplerStage(DiffusionStage):
         level = None
         if config.model.noise_conditioning:
             level = torch.full((len(low_res),), config.low_res_noise_level, dtype=torch.int64, device=low_res.device)
-        cond = low_res_condition(low_res, config.image_size, self.process, noise_level=level, generator=generator)
+        cond = low_res_condition(
+            low_res,
+            config.image_size,
+            self.process,
+            noise_level=level,
+            generator=generator,
+            resize=config.model.resize,
+        )
         return Start(picture_noise(generator, config.image_size), cond)
 
     def finish(self, x_start: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def text_diff(body: TextDiffBody, image: bytes, model: Model, limits: LimitsConf
         x_T = await way.inverted(studio, pictures, embed)
         count = len(path)
         share = torch.tensor(path, dtype=torch.float64)
-        embeds = _between(embed.expand(count, -1), towards.expand(count, -1), share)
+        embeds = _between(embed.expand(count, -1), (towards * embed.norm(dim=1, keepdim=True)).expand(count, -1), share)
         return way.requests(embeds, x_T.expand(count, -1, -1, -1))
 
     order = way.order("text_diff", [{"theta": theta} for theta in path], prepare)

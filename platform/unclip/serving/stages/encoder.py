@@ -51,10 +51,11 @@ class ClipEncoder:
     Args:
         clip: on its device.
         with_states: captions get the states of their tokens too.
+        unit_norm: whether the embeddings of pictures have unit norm, see `ClipModel.encode_image`.
     """
 
-    def __init__(self, clip: ClipModel, *, with_states: bool = False) -> None:
-        self._clip, self._with_states = clip, with_states
+    def __init__(self, clip: ClipModel, *, with_states: bool = False, unit_norm: bool = True) -> None:
+        self._clip, self._with_states, self._unit_norm = clip, with_states, unit_norm
         self._kept: OrderedDict[str, EncodedCaption] = OrderedDict()
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -177,7 +178,8 @@ class ClipEncoder:
             numbers = [number for number, picture in enumerate(pictures) if picture.shape[0] == side]
             for begin in range(0, len(numbers), _AT_ONCE):
                 part = numbers[begin : begin + _AT_ONCE]
-                embeds = self._clip.encode_image(np.stack([pictures[number] for number in part])).cpu()
+                stacked = np.stack([pictures[number] for number in part])
+                embeds = self._clip.encode_image(stacked, unit_norm=self._unit_norm).cpu()
                 found.update(zip(part, embeds, strict=True))
         return [found[number] for number in range(len(pictures))]
 

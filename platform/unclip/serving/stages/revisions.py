@@ -37,9 +37,13 @@ class Revision:
     def __init__(self, bundle: Bundle, stages: Stages, engine: EngineConfig, *, max_waiting: int) -> None:
         self.bundle, self.digest, self.stages = bundle, bundle.digest, stages
         decoder = bundle.configs.get("decoder")
-        with_states = isinstance(decoder, DecoderStageConfig) and decoder.model.text_states is not None
+        with_states, unit_norm = False, True
+        if isinstance(decoder, DecoderStageConfig):
+            with_states, unit_norm = decoder.model.text_states is not None, decoder.unit_norm
         self.worker = EngineThread(Engine(stages, engine), max_waiting=max_waiting) if stages.by_name else None
-        self.encoder = None if stages.clip is None else ClipEncoder(stages.clip, with_states=with_states)
+        self.encoder = None
+        if stages.clip is not None:
+            self.encoder = ClipEncoder(stages.clip, with_states=with_states, unit_norm=unit_norm)
         self.calls = 0
         """That use it."""
         self.is_asked_for = False

@@ -40,9 +40,9 @@ class CountedClip:
         self.texts.append(len(tokens))
         return self.clip.encode_text_states(tokens)
 
-    def encode_image(self, pictures: np.ndarray) -> torch.Tensor:
+    def encode_image(self, pictures: np.ndarray, *, unit_norm: bool = True) -> torch.Tensor:
         self.pictures.append(len(pictures))
-        return self.clip.encode_image(pictures)
+        return self.clip.encode_image(pictures, unit_norm=unit_norm)
 
     def _gate(self) -> None:
         self.reached.set()
@@ -121,6 +121,17 @@ def test_states_come_with_captions_where_they_are_wanted(clip: CountedClip) -> N
         found = encoder.texts(texts).result(SOON)
         torch.testing.assert_close(torch.stack([caption.text_embed for caption in found]), embeds)
         torch.testing.assert_close(torch.stack([caption.text_states for caption in found]), states)
+    finally:
+        encoder.close()
+
+
+def test_pictures_keep_their_norm_where_the_decoder_counts_it(clip: CountedClip) -> None:
+    encoder = ClipEncoder(clip, unit_norm=False)
+    try:
+        pictures = pictures_of(3)
+        expected = clip.clip.encode_image(np.stack(pictures), unit_norm=False)
+        assert (expected.norm(dim=1) - 1).abs().min() > 1e-3
+        torch.testing.assert_close(encoder.pictures(pictures).result(SOON), expected)
     finally:
         encoder.close()
 

@@ -1,0 +1,1 @@
+"""diffusers' UnCLIP folders, Karlo's format: in and out, whole pipelines with the same numbers."""
