@@ -11,17 +11,21 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 from jobs import evaluate as job
+from tests.support.bundles import save_tiny_bundle
 
 from unclip.cluster.evaluate import run_evaluate
 from unclip.cluster.preflight import PreflightError
 from unclip.config.base import ConfigError
-from unclip.evaluation.config import EvaluateConfig
+from unclip.evaluation.config import EvaluatePicturesConfig
+from unclip.generation.outputs import encode_png
+from unclip.training.in_process import embed_here
 from unclip.utils import storage
 
 JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
@@ -42,13 +46,27 @@ def pieces(records: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(pieces: str, more_records: str, tiny_clip: str) -> EvaluateConfig:
-    settings = {"pictures": pieces, "reference": more_records, "clip": tiny_clip, "kid_subsets": 3, "resamples": 100}
-    return EvaluateConfig.from_dict(settings)
+def larger_pieces(pieces: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Noise of 32 pixels, as large as what the tiny upsampler makes, in their place."""
+    folder = tmp_path_factory.mktemp("larger_pieces")
+    random = np.random.default_rng(0)
+    for path in Path(pieces).glob("*.parquet"):
+        table = pq.read_table(path)
+        images = [encode_png(random.integers(256, size=(32, 32, 3), dtype=np.uint8), {}) for _ in range(len(table))]
+        index = table.schema.get_field_index("image")
+        changed = table.set_column(index, table.schema.field(index), pa.array(images, table.schema.field(index).type))
+        pq.write_table(changed, folder / path.name, row_group_size=4)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: EvaluateConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def base(pieces: str, more_records: str, tiny_clip: str) -> EvaluatePicturesConfig:
+    settings = {"pictures": pieces, "reference": more_records, "clip": tiny_clip, "kid_subsets": 3, "resamples": 100}
+    return EvaluatePicturesConfig.from_dict(settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: EvaluatePicturesConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one actor makes."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     run_evaluate(base.merged({"out": str(out)}))
@@ -67,7 +85,7 @@ def wait_for_features(out: Path) -> None:
 
 
 def test_two_actors_of_which_one_is_killed_make_the_same(
-    base: EvaluateConfig, undisturbed: dict[str, bytes], tmp_path: Path
+    base: EvaluatePicturesConfig, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     in_the_midst: list[bool] = []
@@ -88,7 +106,7 @@ def test_two_actors_of_which_one_is_killed_make_the_same(
 
 
 def test_a_killed_job_goes_on_where_it_stopped(
-    base: EvaluateConfig, undisturbed: dict[str, bytes], tmp_path: Path
+    base: EvaluatePicturesConfig, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     settings = {name: value for name, value in base.to_dict().items() if value is not None} | {"out": str(out)}
@@ -111,7 +129,7 @@ def test_a_killed_job_goes_on_where_it_stopped(
 
 
 def test_one_that_lacks_its_result_only_claims_nothing_for_features(
-    base: EvaluateConfig, undisturbed: dict[str, bytes], tmp_path: Path
+    base: EvaluatePicturesConfig, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Nor does it wait for a node that has all of `data_cpus`, which no node may have."""
     for name in undisturbed.keys() - {"result.json", "report.html", "scores.parquet"}:
@@ -121,7 +139,7 @@ def test_one_that_lacks_its_result_only_claims_nothing_for_features(
 
 
 def test_a_finished_one_answers_at_once_and_from_object_storage(
-    base: EvaluateConfig, undisturbed: dict[str, bytes], object_store: str
+    base: EvaluatePicturesConfig, undisturbed: dict[str, bytes], object_store: str
 ) -> None:
     places = {name: f"{object_store}/evaluate/{name}" for name in ("pictures", "reference", "out")}
     for name in ("pictures", "reference"):
@@ -140,7 +158,41 @@ def test_a_finished_one_answers_at_once_and_from_object_storage(
     assert not storage.exists(f"{places['out']}/features")
 
 
-def test_the_job_says_what_it_found(base: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("bundles") / "tiny")
+    save_tiny_bundle(uri)
+    return uri
+
+
+@pytest.mark.parametrize("recipe", ["prior", "upsampler"])
+def test_stages_are_judged_the_same_by_any_number_of_actors_and_in_any_pieces(
+    recipe: str, larger_pieces: str, tiny_bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = embed_here(larger_pieces, str(tmp_path / "records"), f"{tiny_bundle}/clip")
+    settings = {"bundle": tiny_bundle, "records": records, "limit": 40, "resamples": 100, "show": 3}
+
+    def arguments(out: Path, actors: int) -> list[str]:
+        given = settings | {"out": str(out), "actors": actors}
+        return ["--recipe", recipe, *(part for item in given.items() for part in ("--set", "{}={}".format(*item)))]
+
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert job.main(arguments(alone, 1)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (printed[0], printed[-1]) == ("40 records", f"{alone}/report.html")
+    expected = contents(alone)
+    made = [name for name in expected if "features-" in name]
+    for name in ["protocol.json", *made[::2]]:  # what a killed job leaves
+        storage.write_bytes(f"{two}/{name}", expected[name])
+    assert job.main([*arguments(two, 2), "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"40 records would be judged, in {two}\n"
+    assert job.main(arguments(two, 2)) == 0
+    assert contents(two) == expected
+
+
+def test_the_job_says_what_it_found(
+    base: EvaluatePicturesConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = base.merged({"out": str(tmp_path / "out")}).to_dict()
     (tmp_path / "job.json").write_text(json.dumps(settings))
     assert job.main(["--config", str(tmp_path / "job.json"), "--dry-run"]) == 0
@@ -156,7 +208,7 @@ def test_the_job_says_what_it_found(base: EvaluateConfig, tmp_path: Path, capsys
 
 
 def test_bad_input_is_refused_with_its_name(
-    base: EvaluateConfig, records: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: EvaluatePicturesConfig, records: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="clip: required"):
         run_evaluate(base.merged({"out": str(tmp_path / "out"), "clip": ""}))

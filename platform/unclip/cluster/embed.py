@@ -28,7 +28,8 @@ from unclip.data.batches import Batch, BatchSpec, make_batch
 from unclip.data.embedded_folder import UNIT_ROWS, EmbeddedFolder, part_name, write_part
 from unclip.data.embedding import MICROBATCH, EmbeddingStatistics, clip_inputs
 from unclip.data.manifest import FACTS_FILE, DataError, read_slices, records_identity, scan
-from unclip.training.setup import absolute_clip, clip_facts, load_clip_named
+from unclip.pipelines.clips import absolute_clip, load_clip_named
+from unclip.training.setup import clip_facts
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 

@@ -1,14 +1,13 @@
-"""Evaluation on a cluster: CPU tasks read and decode pictures, actors make their features, CPU tasks write those, one task
-compares them.
+"""Evaluation on a cluster: CPU tasks read and decode records, actors run networks on them, CPU tasks write what those make,
+one task judges it.
 
 What counts is on storage: a unit is done when its file is there. So processes may die, and a driver that was killed is
-replaced by the same command. Metrics are computed once, over all features in the order of the pictures: so the result does
+replaced by the same command. Metrics are computed once, over all features in the order of the records: so the result does
 not depend on how many actors there were, nor on how often they were interrupted.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -16,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -26,17 +26,18 @@ from unclip.cluster.failures import RunFailed, data_errors, describe
 from unclip.cluster.lease import Lease
 from unclip.cluster.prometheus import JobProgress
 from unclip.cluster.room import wait_for_nodes
-from unclip.config.base import ConfigError
 from unclip.config.resources import ResourcesConfig
 from unclip.data.batches import Batch
 from unclip.evaluation.config import EvaluateConfig
-from unclip.evaluation.extractors import Extractor, extract_all
-from unclip.evaluation.job import DRIVER_FILE, EvaluationJob, PreparedUnit
+from unclip.evaluation.extractors import Network, extract_all
+from unclip.evaluation.feature_folder import features_table
+from unclip.evaluation.job import DRIVER_FILE, EvaluationJob
 from unclip.evaluation.pictures import Unit
-from unclip.training.setup import absolute_clip, load_clip_named
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
+_ADDRESSES = ("pictures", "reference", "training", "judge", "records", "bundle", "inception", "lpips", "out")
+"""Fields of configurations that hold one."""
 _EXTRACTOR_CPUS = 0.99
 """Of an actor without a GPU. Not what decoders ask for: Ray Data would make one operator of both."""
 _BESIDE_CPUS = 0.01
@@ -44,23 +45,21 @@ _BESIDE_CPUS = 0.01
 
 
 def run_evaluate(config: EvaluateConfig, *, dry_run: bool = False) -> dict[str, Any]:
-    """Makes the features that are missing, compares them and returns the result; a dry run checks everything and returns
-    `pictures` and `reference`, the numbers of pictures whose features would be compared.
+    """Makes what is missing, judges it and returns the result; a dry run checks everything and returns the numbers of
+    records that would be judged, by the name of their set.
 
-    Raises `ConfigError`, `DataError`, `PreflightError` or `OSError` before anything is claimed; later `DataError` naming the
-    record that cannot be used, and `RunFailed` where the cluster gave up: the same command goes on from there.
+    Raises `ConfigError`, `DataError`, `BundleError`, `PreflightError` or `OSError` before anything is claimed; later
+    `DataError` naming the record that cannot be used, and `RunFailed` where the cluster gave up: the same command goes on
+    from there.
     """
-    session.refuse_lost_paths({name: getattr(config, name) for name in ("pictures", "reference", "inception", "out")})
-    if not config.clip:
-        raise ConfigError("clip: required, but not given")
-    config = config.merged({"clip": absolute_clip(config.clip)})
-    job = EvaluationJob.prepare(config, load_clip_named(config.clip))
+    session.refuse_lost_paths({name: getattr(config, name) for name in _ADDRESSES if hasattr(config, name)})
+    job = EvaluationJob.prepare(config)
     resources = ResourcesConfig(
         cpus_per_worker=0.01, data_cpus=config.data_cpus, clip_actors=config.actors, clip_gpus=config.gpus, use_gpu="no"
     ).merged({"node_labels": config.node_labels if config.gpus else {}})
     if dry_run:
         preflight.check_without_claiming(resources, clip_in_stream=True)
-        return {name: (job.protocol[name] or {}).get("rows") for name in ("pictures", "reference")}
+        return dict(job.counts)
     with Lease(storage.join(job.config.out, DRIVER_FILE), f"out = {job.config.out!r}") as lease:
         if (result := job.result()) is not None:
             return result
@@ -81,7 +80,7 @@ def run_evaluate(config: EvaluateConfig, *, dry_run: bool = False) -> dict[str, 
 def _make_features(job: EvaluationJob, missing: Mapping[str, Sequence[Unit]], lease: Lease) -> None:
     left = sum(len(unit.rows) for units in missing.values() for unit in units)
     with (
-        progress_bar(job.rows, "image", done=job.rows - left, title="evaluate") as bar,
+        progress_bar(job.rows, "record", done=job.rows - left, title="evaluate") as bar,
         closing(JobProgress("evaluate", job.config.out)) as gauges,
     ):
         for done in _dataset(job, missing).iter_rows():
@@ -100,7 +99,7 @@ def _finish(job: EvaluationJob) -> dict[str, Any]:
 
 def _dataset(job: EvaluationJob, missing: Mapping[str, Sequence[Unit]]) -> ray.data.Dataset:
     """One row for each unit whose features were written; a task decodes the units of a row group or tar."""
-    config = job.config
+    config, subject = job.config, job.subject
     tasks = [
         {"set": name, "units": [unit.number for unit in units]}
         for name, of_set in missing.items()
@@ -118,7 +117,11 @@ def _dataset(job: EvaluationJob, missing: Mapping[str, Sequence[Unit]]) -> ray.d
         )
         dataset = dataset.map_batches(
             ExtractActor,
-            fn_constructor_args=(job.extractors, config.microbatch, "cuda" if config.gpus else "cpu"),
+            fn_constructor_args=(
+                {name: tuple(subject.networks(name)) for name in subject.sets},
+                config.microbatch,
+                "cuda" if config.gpus else "cpu",
+            ),
             batch_size=None,
             compute=ActorPoolStrategy(size=config.actors),
             **(
@@ -136,40 +139,51 @@ def _dataset(job: EvaluationJob, missing: Mapping[str, Sequence[Unit]]) -> ray.d
 
 
 def _prepare(tasks: Batch, job: EvaluationJob) -> Iterator[Batch]:
-    """A row for each unit: `set`, `unit`, `id`, `captions` (JSON), and the networks' inputs."""
+    """A row for each unit: `_ROW`, the table being of ids and captions, and the networks' inputs."""
     for name, numbers in zip(tasks["set"].tolist(), tasks["units"].tolist(), strict=True):
-        for unit in job.prepare_units(name, [job.sets[name].units[number] for number in numbers]):
-            yield {
-                "set": np.array([name]),
-                "unit": np.array([unit.number]),
-                "captions": np.array([json.dumps(unit.captions)]),
-                **{key: array[np.newaxis] for key, array in {"id": unit.ids, **unit.inputs}.items()},
-            }
+        for unit in job.prepare_units(name, [job.subject.sets[name].units[number] for number in numbers]):
+            records = features_table(unit.ids, unit.captions, {})
+            yield _row(name, unit.number, records) | {key: array[np.newaxis] for key, array in unit.inputs.items()}
 
 
 class ExtractActor:
-    """Units with the networks' inputs in, the same units with features out."""
+    """Units with the networks' inputs in, the same units with what the networks made of them out."""
 
-    def __init__(self, extractors: Sequence[Extractor], microbatch: int, device: str) -> None:
-        self._extractors, self._microbatch = extractors, microbatch
-        for extractor in extractors:
-            extractor.setup(device)
+    def __init__(self, networks: Mapping[str, Sequence[Network]], microbatch: int, device: str) -> None:
+        self._networks, self._microbatch = networks, microbatch
+        for network in dict.fromkeys(network for of_set in networks.values() for network in of_set):
+            network.setup(device)
 
     def __call__(self, units: Batch) -> Iterator[Batch]:
-        names = ("set", "unit", "captions", "id")
-        for index in range(len(units["unit"])):
-            inputs = {name: array[index] for name, array in units.items() if name not in names}
-            features = extract_all(self._extractors, inputs, self._microbatch)
-            kept = {name: units[name][index : index + 1] for name in names}
-            yield kept | {name: array[np.newaxis] for name, array in features.items()}
+        for index, name in enumerate(units["set"].tolist()):
+            inputs = {key: array[index] for key, array in units.items() if key not in _ROW}
+            made = extract_all(self._networks[name], inputs, self._microbatch)
+            records = _table(units["table"][index])
+            table = features_table(records.column("id").to_numpy(), records.column("caption").to_pylist(), made)
+            yield _row(name, units["unit"][index], table)
 
 
 def _write(units: Batch, job: EvaluationJob) -> Iterator[Batch]:
-    """Keeps each unit's features; answers with the number of its pictures."""
-    for index, number in enumerate(units["unit"].tolist()):
-        row = {name: array[index] for name, array in units.items()}
-        captions = json.loads(str(row["captions"]))
-        unit = PreparedUnit(str(row["set"]), number, row["id"], captions, {})
-        columns = [column for extractor in job.extractors for column in extractor.columns]
-        job.write(unit, {name: row[name] for name in columns})
-        yield {"rows": np.array([len(captions)])}
+    """Keeps each unit's features; answers with the number of its records."""
+    for name, number, content in zip(units["set"].tolist(), units["unit"].tolist(), units["table"], strict=True):
+        table = _table(content)
+        job.write(name, number, table)
+        yield {"rows": np.array([table.num_rows])}
+
+
+_ROW = ("set", "unit", "table")
+"""Columns of a row of Ray Data that say which unit it is, and what is known of its records."""
+
+
+def _row(name: str, number: int, table: pa.Table) -> Batch:
+    """The row of a unit. Its table goes as bytes, so that Ray Data sees neither texts nor columns of nothing."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    content = np.array([sink.getvalue().to_pybytes()], dtype=object)
+    return {"set": np.array([name]), "unit": np.array([number]), "table": content}
+
+
+def _table(content: bytes) -> pa.Table:
+    with pa.ipc.open_stream(content) as stream:
+        return stream.read_all()

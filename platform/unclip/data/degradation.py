@@ -1,6 +1,6 @@
 """How the low-resolution condition of an upsampler is made and corrupted in training.
 
-unCLIP section 2.3: the 64->256 stage sees its condition through a Gaussian blur, the 256->1024 stage through a "more
+unCLIP section 2.1: the 64->256 stage sees its condition through a Gaussian blur, the 256->1024 stage through a "more
 diverse" BSR degradation (Zhang et al. 2021, "Designing a practical degradation model for deep blind image
 super-resolution"; as used by Rombach et al. 2022). The papers do not say how often a sample is corrupted: that is a
 parameter here.

@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from unclip.config.base import Config
 from unclip.data.manifest import FACTS_FILE
-from unclip.data.openmoji_captions import NO_ATTRIBUTE, describe_emoji
+from unclip.data.openmoji_captions import NO_ATTRIBUTE, Description, describe_emoji
 from unclip.data.openmoji_splits import SPLITS, Split, assign_splits
 from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROWS_PER_FILE = 512
 ROWS_PER_GROUP = 64
-ATTRIBUTES = ("emoji", "hexcode", "role", "gender", "skin_tone", "hair", "colour", "shape", "split")
+ATTRIBUTES = ("emoji", "hexcode", "role", "gender", "skin_tone", "hair", "count", "colour", "shape", "split")
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -79,7 +79,8 @@ class PrepareConfig(Config):
 
 @dataclass(frozen=True)
 class OpenMoji:
-    """One drawing with its caption and attributes; `role` is set for what comes in skin tones."""
+    """One drawing with its caption and attributes: `role` is set for what comes in skin tones, `count` (of people) for what
+    is named as people."""
 
     hexcode: str
     emoji: str
@@ -90,6 +91,7 @@ class OpenMoji:
     gender: str | None
     skin_tone: str | None
     hair: str | None
+    count: str | None
     colour: str | None
     shape: str | None
 
@@ -112,6 +114,7 @@ def load_drawings() -> tuple[list[OpenMoji], Counter[str]]:
             left_out["no Unicode name (OpenMoji's own extras)"] += 1
     described = {path: describe_emoji(*character_and_name) for path, character_and_name in named.items()}
     with_tones = {description.subject for description in described.values() if description.skin_tone}
+    with_genders = {description.subject for description in described.values() if description.gender}
     drawings = [
         OpenMoji(
             hexcode=path.stem,
@@ -123,6 +126,7 @@ def load_drawings() -> tuple[list[OpenMoji], Counter[str]]:
             gender=text.gender,
             skin_tone=text.skin_tone,
             hair=text.hair,
+            count=_count(text, with_genders),
             colour=text.colour,
             shape=text.shape,
         )
@@ -131,6 +135,13 @@ def load_drawings() -> tuple[list[OpenMoji], Counter[str]]:
     true, false = _without_false_tones(drawings)
     left_out["drawn without the skin tones that the name states"] += len(false)
     return true, left_out
+
+
+def _count(text: Description, with_genders: set[str]) -> str | None:
+    """How many people a drawing shows, where its name tells: "a mechanic" is one since there is "a woman mechanic"."""
+    if text.people is not None:
+        return str(text.people)
+    return "1" if text.subject in with_genders and text.subject != "feeding baby" else None  # is the baby one?
 
 
 def prepare(config: PrepareConfig, *, dry_run: bool = False) -> dict[str, Any]:

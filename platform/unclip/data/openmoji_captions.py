@@ -28,6 +28,7 @@ class Description:
         skin_tone: one of `SKIN_TONES`, or two of them joined by " and ".
         hair: one of `HAIRS`.
         colour, shape: both or neither, for plain coloured shapes.
+        people: how many people the name states, at least two; None where it states one or says nothing of people.
     """
 
     caption: str
@@ -37,6 +38,7 @@ class Description:
     hair: str | None = None
     colour: str | None = None
     shape: str | None = None
+    people: int | None = None
 
 
 def describe_emoji(character: str, name: str) -> Description:
@@ -91,7 +93,18 @@ def _compose(words: list[str], tones: list[str]) -> Description:
         hair=hair,
         colour=colour,
         shape=shape,
+        people=_people(words),
     )
+
+
+def _people(words: list[str]) -> int | None:
+    """Of couples, families and names in the plural: 3 for `family_man_woman_boy`, 2 for `men_wrestling`."""
+    couple = _members(words)
+    if couple is not None:
+        head, members = couple
+        return len(members) or (None if head == "family" else 2)  # a family of whom, that name does not say
+    named = [word for word in words if word in _GENDERS]
+    return 2 if len(named) == 2 or words[0] in _GROUPS else None
 
 
 def _coloured_shape(words: list[str]) -> tuple[str | None, str | None]:
@@ -116,20 +129,25 @@ def _split_gender(words: list[str]) -> tuple[str | None, str]:
 
 def _couple(words: list[str]) -> str | None:
     """Couples and families, such as "a woman and a man kissing" for `kiss_woman_man`; None for other names."""
-    head = next((head for head in _COUPLES if "_".join(words).startswith(head)), None)
-    if head is None:
+    couple = _members(words)
+    if couple is None:
         return None
-    members = words[head.count("_") + 1 :]
+    head, members = couple
     if not members:
         return _COUPLES[head].format("a couple") if head != "family" else None
-    if not set(members) <= set(_PLURALS):
-        return None
     counted = [
         f"two {_PLURALS[word]}" if members.count(word) == 2 else f"{_article(word)} {word}"
         for word in dict.fromkeys(members)
     ]
     people = counted[0] if len(counted) == 1 else f"{', '.join(counted[:-1])} and {counted[-1]}"
     return _COUPLES[head].format(people)
+
+
+def _members(words: list[str]) -> tuple[str, list[str]] | None:
+    """What couple or family a name is about, and who is in it as far as it says; None for other names."""
+    head = next((head for head in _COUPLES if "_".join(words).startswith(head)), None)
+    members = words[head.count("_") + 1 :] if head else []
+    return (head, members) if head and set(members) <= set(_PLURALS) else None
 
 
 def noun_phrase(words: list[str]) -> str:

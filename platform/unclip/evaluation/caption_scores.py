@@ -25,16 +25,27 @@ def score_with_other_captions(
 
     This is what pictures get that have nothing to do with their captions: CLIP's cosines do not begin at 0.
     """
-    x, y = images.astype(np.float64), texts.astype(np.float64)
+    sums, counts = sums_with_other_captions(images, texts, captions)
+    return float(sums.sum() / counts.sum()) if counts.any() else None
+
+
+def sums_with_other_captions(
+    first: npt.NDArray[Any], second: npt.NDArray[Any], captions: Sequence[str]
+) -> tuple[Scores, npt.NDArray[np.int64]]:
+    """For each row of `first` (N, D) the sum of its dot products with the rows of `second` (N, D) whose caption is another
+    text than its own, and how many these are."""
+    x, y = first.astype(np.float64), second.astype(np.float64)
     groups, counts = _grouped(captions)
-    pairs = len(x) ** 2 - int((counts**2).sum())
-    if not pairs:
-        return None
-    of_groups = [np.zeros((len(counts), x.shape[1])) for _ in range(2)]
-    for sums, values in zip(of_groups, (x, y), strict=True):
-        np.add.at(sums, groups, values)
-    of_the_same = float((of_groups[0] * of_groups[1]).sum())
-    return float((x.sum(axis=0) @ y.sum(axis=0) - of_the_same) / pairs)
+    of_groups = np.zeros((len(counts), y.shape[1]))
+    np.add.at(of_groups, groups, y)
+    sums: Scores = (x * (y.sum(axis=0) - of_groups[groups])).sum(axis=1)
+    return sums, len(x) - counts[groups]
+
+
+def mean_and_interval(scores: Scores, captions: Sequence[str], *, resamples: int, seed: int) -> dict[str, float]:
+    """`mean`, and `low` and `high` of its 95% interval."""
+    low, high = bootstrap_interval(scores, captions, resamples=resamples, seed=seed)
+    return {"mean": float(scores.mean()), "low": low, "high": high}
 
 
 def bootstrap_interval(scores: Scores, captions: Sequence[str], *, resamples: int, seed: int) -> tuple[float, float]:

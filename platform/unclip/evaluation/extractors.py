@@ -7,33 +7,41 @@ network is. What both do to a picture is in `protocol`, since every metric depen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
-from unclip.config.base import ConfigError
 from unclip.data.batches import Batch
 from unclip.data.decode import Picture
-from unclip.utils import storage
-from unclip.utils.hashing import sha256_file
+from unclip.evaluation.inception import check_inception, load_inception
+from unclip.models.clip import ClipModel, load_clip
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from unclip.models.clip import ClipModel
-
-CLIP, CLIP_TEXT, INCEPTION = "clip", "clip_text", "inception"
+CLIP, CLIP_TEXT, INCEPTION, INCEPTION_LOGITS = "clip", "clip_text", "inception", "inception_logits"
 """Columns of features."""
 INCEPTION_SIZE = 299
-_RESIZE = "central square, Pillow bicubic with antialiasing, 8 bits a channel"
+RESIZE = "central square, Pillow bicubic with antialiasing, 8 bits a channel"
 
 
-class Extractor(Protocol):
-    """Features of pictures by one network. Picklable before `setup`."""
+class Network(Protocol):
+    """What runs where the accelerators are. Picklable before `setup`."""
 
     columns: tuple[str, ...]
-    """What `extract` makes; the first is that of the pictures, and the extractor's name."""
+    """What `extract` makes."""
+
+    def setup(self, device: str) -> None:
+        """Loads the network; once in each process."""
+        ...
+
+    def extract(self, inputs: Batch) -> Batch:
+        """`columns` of B records: (B, D) float32, (B,) floats, or (B,) objects that are bytes or None."""
+        ...
+
+
+class Extractor(Network, Protocol):
+    """Features of pictures by one network; the first of its `columns` is that of the pictures, and its name."""
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -42,14 +50,6 @@ class Extractor(Protocol):
 
     def prepare(self, pictures: Sequence[Picture], captions: Sequence[str | None]) -> Batch:
         """Inputs of the network: arrays with a row for each picture."""
-        ...
-
-    def setup(self, device: str) -> None:
-        """Loads the network; once in each process."""
-        ...
-
-    def extract(self, inputs: Batch) -> Batch:
-        """`columns`, each (B, D) float32, of arrays that `prepare` made."""
         ...
 
 
@@ -75,7 +75,7 @@ class ClipExtractor:
             "source": self.source,
             "fingerprint": self._fingerprint,
             "image_size": self._image_size,
-            "resize": _RESIZE,
+            "resize": RESIZE,
             "features": "image embedding of unit norm",
         }
 
@@ -86,13 +86,9 @@ class ClipExtractor:
         }
 
     def setup(self, device: str) -> None:
-        from unclip.models.clip import load_clip  # here: tasks that only decode do without torch
-
         self._clip = load_clip(self.source, device)
 
     def extract(self, inputs: Batch) -> Batch:
-        import torch
-
         assert self._clip is not None, "setup() comes before extract()"
         image = self._clip.encode_image(inputs["clip_image"])
         text = self._clip.encode_text(torch.tensor(inputs["clip_tokens"]))
@@ -100,19 +96,17 @@ class ClipExtractor:
 
 
 class InceptionExtractor:
-    """The pooled features, 2048 numbers, of FID's Inception network.
+    """The pooled features, 2048 numbers, of FID's Inception network, and the logits of its 1008 classes.
 
     Args:
-        weights: safetensors file, see `unclip.evaluation.inception`.
+        weights: safetensors file or its name on the hub, see `unclip.evaluation.inception`.
     """
 
-    columns: tuple[str, ...] = (INCEPTION,)
+    columns: tuple[str, ...] = (INCEPTION, INCEPTION_LOGITS)
 
     def __init__(self, weights: str) -> None:
-        if not storage.size(weights):
-            raise ConfigError(f"inception = {weights!r}: there is no such file")
         self.weights = weights
-        self._sha256 = sha256_file(weights)
+        self._sha256 = check_inception(weights)
         self._network: nn.Module | None = None
 
     @property
@@ -121,35 +115,31 @@ class InceptionExtractor:
             "source": self.weights,
             "sha256": self._sha256,
             "image_size": INCEPTION_SIZE,
-            "resize": _RESIZE,
-            "features": "2048 numbers after the last pooling",
+            "resize": RESIZE,
+            "features": "2048 numbers after the last pooling; logits of 1008 classes, without the bias",
         }
 
     def prepare(self, pictures: Sequence[Picture], captions: Sequence[str | None]) -> Batch:
         return {"inception_image": np.stack([central_square(picture, INCEPTION_SIZE) for picture in pictures])}
 
     def setup(self, device: str) -> None:
-        from unclip.evaluation.inception import load_inception
-
-        self._network = load_inception(self.weights, device)
+        self._network = load_inception(self.weights, self._sha256, device)
 
     def extract(self, inputs: Batch) -> Batch:
-        import torch
-
         assert self._network is not None, "setup() comes before extract()"
         with torch.no_grad():
-            features = self._network(torch.tensor(inputs["inception_image"]))
-        return {INCEPTION: features.cpu().numpy()}
+            features, logits = self._network(torch.tensor(inputs["inception_image"]))
+        return {INCEPTION: features.cpu().numpy(), INCEPTION_LOGITS: logits.cpu().numpy()}
 
 
-def extract_all(extractors: Sequence[Extractor], inputs: Batch, microbatch: int) -> Batch:
-    """Every extractor's features of prepared pictures, (B, D) float32 each, `microbatch` of them at once."""
+def extract_all(networks: Sequence[Network], inputs: Batch, microbatch: int) -> Batch:
+    """The columns of all networks, of prepared records, `microbatch` of them at once."""
     parts = []
     for start in range(0, len(next(iter(inputs.values()))), microbatch):
         batch = {name: array[start : start + microbatch] for name, array in inputs.items()}
         made: Batch = {}
-        for extractor in extractors:
-            made |= extractor.extract(batch)
+        for network in networks:
+            made |= network.extract(batch)
         parts.append(made)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -1,6 +1,6 @@
-"""Features of a set of pictures, kept: a file a unit, and a manifest once all are there.
+"""What networks made of a set of records, kept: a file a unit, and a manifest once all are there.
 
-Each file appears whole or not at all, and what is in it follows from the pictures and the networks alone: what was
+Each file appears whole or not at all, and what is in it follows from the records and the networks alone: what was
 interrupted is continued by making the files that are not there. A complete folder can be the reference of other evaluations.
 """
 
@@ -25,17 +25,23 @@ _KIND = "features"
 
 @dataclass(frozen=True)
 class Features:
-    """What was gathered of a set: N pictures in their order.
+    """What was gathered of a set: N records in their order.
 
     Args:
         ids: (N,) int64.
         captions: N texts, None where there is none.
-        columns: (N, D) float32 by their names.
+        columns: by their names (N, D) float32, (N,) floats, or (N,) objects: bytes or None.
     """
 
     ids: npt.NDArray[np.int64]
     captions: list[str | None]
-    columns: Mapping[str, npt.NDArray[np.float32]]
+    columns: Mapping[str, npt.NDArray[Any]]
+
+
+def features_table(ids: npt.NDArray[np.int64], captions: Sequence[str | None], columns: Batch) -> pa.Table:
+    """What a folder keeps of B records: `columns` as `Network.extract` makes them."""
+    arrays = {name: _stored(array) for name, array in columns.items()}
+    return pa.table({"id": pa.array(ids), "caption": pa.array(captions, pa.string())} | arrays)
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,16 @@ class FeatureFolder:
         there = set(storage.names(self.uri))
         return [unit for unit in units if _file(unit.number) not in there]
 
-    def write(self, number: int, ids: npt.NDArray[np.int64], captions: Sequence[str | None], features: Batch) -> None:
-        """Keeps the features of a unit: (B, D) float32 each. Raises `DataError` naming the first that is not finite."""
-        for name, array in features.items():
-            is_finite = np.isfinite(array).all(axis=1)
+    def write(self, number: int, table: pa.Table) -> None:
+        """Keeps the `features_table` of a unit. Raises `DataError` naming the first record with a number not finite."""
+        for name in table.column_names[2:]:
+            values = _loaded(table.column(name))
+            if values.dtype == object:
+                continue
+            is_finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
             if not is_finite.all():
-                raise DataError(f"{self.uri!r}: record {ids[is_finite.argmin()]}: its features {name!r} are not finite")
-        columns = {
-            name: pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
-            for name, array in features.items()
-        }
-        table = pa.table({"id": pa.array(ids), "caption": pa.array(captions, pa.string())} | columns)
+                record = table.column("id")[int(is_finite.argmin())]
+                raise DataError(f"{self.uri!r}: record {record}: its features {name!r} are not finite")
         write_tables(storage.join(self.uri, _file(number)), table.schema, [table])
 
     def finish(self, pictures: PictureSet, protocol: Mapping[str, Any]) -> None:
@@ -89,7 +94,7 @@ class FeatureFolder:
         return Features(
             ids=table.column("id").to_numpy(),
             captions=table.column("caption").to_pylist(),
-            columns={name: _vectors(table.column(name)) for name in columns},
+            columns={name: _loaded(table.column(name)) for name in columns},
         )
 
 
@@ -97,7 +102,18 @@ def _file(number: int) -> str:
     return f"features-{number:06d}.parquet"
 
 
-def _vectors(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+def _stored(array: npt.NDArray[Any]) -> pa.Array:
+    if array.dtype == object:
+        return pa.array(array.tolist(), pa.binary())
+    if array.ndim == 1:
+        return pa.array(array)
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+
+
+def _loaded(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     array = column.combine_chunks()
-    vectors: npt.NDArray[np.float32] = array.flatten().to_numpy().reshape(len(array), -1)
-    return vectors
+    if pa.types.is_fixed_size_list(array.type):
+        vectors: npt.NDArray[np.float32] = array.flatten().to_numpy().reshape(len(array), -1)
+        return vectors
+    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return values

@@ -11,15 +11,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torchvision.models import inception_v3
 
-from unclip.config.base import ConfigError
-from unclip.utils import storage
+from unclip.evaluation.weights import check_weights, load_weights
 
 _CLASSES = 1008
+_FIELD, _WHAT = "inception", "FID's Inception network"
 _WITHOUT_PADDING = (
     "Mixed_5b",
     "Mixed_5c",
@@ -34,7 +33,11 @@ _WITHOUT_PADDING = (
 
 
 class InceptionFeatures(nn.Module):
-    """(B, 299, 299, 3) uint8 -> (B, 2048) float32."""
+    """(B, 299, 299, 3) uint8 -> (B, 2048) features after the last pooling and (B, 1008) logits of its classes, float32.
+
+    The logits are without the bias of the last layer: the graph that the field's Inception Scores come from leaves it out,
+    and torch-fidelity with it (its `logits_unbiased`).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,26 +50,28 @@ class InceptionFeatures(nn.Module):
         # Not what the paper of the network says; but the graph that FID is defined by does it.
         _pool_by(self.network.Mixed_7c, partial(functional.max_pool2d, kernel_size=3, stride=1, padding=1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.network.Conv2d_1a_3x3.conv.weight
         pixels = images.to(weight.device).permute(0, 3, 1, 2).to(weight.dtype)
-        features: list[torch.Tensor] = []
-        hook = self.network.avgpool.register_forward_hook(lambda _, __, pooled: features.append(pooled))
+        pooled: list[torch.Tensor] = []
+        hook = self.network.avgpool.register_forward_hook(lambda _, __, output: pooled.append(output))
         try:
             self.network((pixels - 128) / 128)
         finally:
             hook.remove()
-        return features[0].flatten(1)
+        features = pooled[0].flatten(1)
+        return features, features @ self.network.fc.weight.T
 
 
-def load_inception(weights: str, device: str = "cpu") -> InceptionFeatures:
-    """The network with the weights of a safetensors file; `ConfigError` where they are another network's."""
+def check_inception(weights: str) -> str:
+    """The hash of a safetensors file with its weights; `ConfigError` where there is none, or it is another network's."""
+    return check_weights(_FIELD, weights, lambda: InceptionFeatures().network, _WHAT)
+
+
+def load_inception(weights: str, sha256: str, device: str = "cpu") -> InceptionFeatures:
+    """The network with the weights of a file of this hash; `ConfigError` where it is another file now."""
     model = InceptionFeatures()
-    with storage.local_file(weights) as path:
-        try:
-            model.network.load_state_dict(load_file(path))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(f"inception = {weights!r}: not the weights of FID's Inception network: {error}") from None
+    load_weights(_FIELD, weights, sha256, model.network, _WHAT)
     return model.to(device).eval().requires_grad_(False)
 
 

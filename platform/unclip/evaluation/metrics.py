@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from unclip.evaluation.caption_scores import Scores, bootstrap_interval, clip_scores, score_with_other_captions
-from unclip.evaluation.config import EvaluateConfig
+from unclip.evaluation.caption_scores import Scores, clip_scores, mean_and_interval, score_with_other_captions
+from unclip.evaluation.config import EvaluatePicturesConfig
 from unclip.evaluation.discrepancy import cmmd, kernel_distance
-from unclip.evaluation.extractors import CLIP, CLIP_TEXT, INCEPTION
+from unclip.evaluation.extractors import CLIP, CLIP_TEXT, INCEPTION, INCEPTION_LOGITS
 from unclip.evaluation.feature_folder import Features
 from unclip.evaluation.frechet import frechet_distance, statistics_of
+from unclip.evaluation.inception_score import inception_score
 from unclip.evaluation.manifolds import diversity, precision_and_recall
-
-Metrics = dict[str, Any]
+from unclip.evaluation.subject import Metrics
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class CaptionScores:
     summary: Metrics
 
 
-def compare(pictures: Features, reference: Features | None, config: EvaluateConfig) -> Metrics:
+def compare(pictures: Features, reference: Features | None, config: EvaluatePicturesConfig) -> Metrics:
     """By the name of the features, as JSON values; without a reference only what needs none."""
     metrics: Metrics = {}
     for name in (CLIP, INCEPTION):
@@ -43,10 +42,23 @@ def compare(pictures: Features, reference: Features | None, config: EvaluateConf
             metrics[name] = {"diversity": diversity(own)}
             if reference is not None:
                 metrics[name] |= _against(name, own, reference.columns[name], config)
+    if INCEPTION_LOGITS in pictures.columns:
+        metrics[INCEPTION] |= _inception_scores("", pictures, config)
+        if reference is not None:
+            metrics[INCEPTION] |= _inception_scores("reference_", reference, config)
     return metrics
 
 
-def _against(name: str, own: npt.NDArray[np.float32], real: npt.NDArray[np.float32], config: EvaluateConfig) -> Metrics:
+def _inception_scores(prefix: str, features: Features, config: EvaluatePicturesConfig) -> Metrics:
+    mean, deviation = inception_score(
+        features.columns[INCEPTION_LOGITS], splits=config.inception_splits, seed=config.seed
+    )
+    return {f"{prefix}inception_score": mean, f"{prefix}inception_score_std": deviation}
+
+
+def _against(
+    name: str, own: npt.NDArray[np.float32], real: npt.NDArray[np.float32], config: EvaluatePicturesConfig
+) -> Metrics:
     mean, deviation = kernel_distance(
         own, real, subsets=config.kid_subsets, subset_size=config.kid_subset_size, seed=config.seed
     )
@@ -62,7 +74,7 @@ def _against(name: str, own: npt.NDArray[np.float32], real: npt.NDArray[np.float
     }
 
 
-def score_captions(features: Features, config: EvaluateConfig) -> CaptionScores | None:
+def score_captions(features: Features, config: EvaluatePicturesConfig) -> CaptionScores | None:
     """None where no picture has a caption."""
     rows = np.array([row for row, caption in enumerate(features.captions) if caption is not None], dtype=np.int64)
     if not len(rows):
@@ -70,12 +82,9 @@ def score_captions(features: Features, config: EvaluateConfig) -> CaptionScores 
     captions = [caption for caption in features.captions if caption is not None]
     images, texts = features.columns[CLIP][rows], features.columns[CLIP_TEXT][rows]
     scores = clip_scores(images, texts)
-    low, high = bootstrap_interval(scores, captions, resamples=config.resamples, seed=config.seed)
     summary = {
         "pictures": len(rows),
-        "mean": float(scores.mean()),
-        "low": low,
-        "high": high,
+        **mean_and_interval(scores, captions, resamples=config.resamples, seed=config.seed),
         "other_captions": score_with_other_captions(images, texts, captions),
     }
     return CaptionScores(rows, scores, summary)

@@ -1,6 +1,6 @@
-"""Sets of pictures with captions that can be judged: records, and what jobs/generate.py wrote; read in units.
+"""Sets of records that can be judged: pictures with captions, what jobs/generate.py wrote, embeddings; read in units.
 
-A unit is a few pictures of one row group or tar. Which pictures it has follows from the set, `limit` and `seed` alone, so
+A unit is a few records of one row group or tar. Which pictures it has follows from the set, `limit` and `seed` alone, so
 what is made of a unit is the same whoever makes it, and is made once.
 """
 
@@ -22,13 +22,15 @@ from unclip.data.sources.webdataset import Tar, WebDatasetSource, WebDatasetSour
 from unclip.utils import storage
 
 UNIT_ROWS = 256
-"""Pictures of a unit at most: at 224 pixels 39 MB."""
-_TOLD = ("bundle", "prompts", "config", "counts", "records_sha256")
+"""Records of a unit at most."""
+UNIT_BYTES = 40 * 2**20
+"""Of a unit's decoded pictures at most, as far as that is known: 256 of 224 pixels."""
+_TOLD = ("bundle", "prompts", "config", "settings", "counts", "records_sha256")
 """What a folder's manifest says of how its pictures came about: it belongs to the protocol."""
 
 
 class Pictures(Protocol):
-    """A folder of pictures. Picklable."""
+    """A folder of pictures, or of other things that records have. Picklable."""
 
     @property
     def uri(self) -> str:
@@ -51,7 +53,7 @@ class Pictures(Protocol):
         ...
 
     def read(self, fragment: int) -> pa.Table:
-        """`id` int64, `image` (encoded) and `caption` (may be null) of a fragment, in order.
+        """`id` int64, `caption` (may be null) and what is judged, as `image` (encoded), of a fragment, in order.
 
         Raises `DataError` where it does not hold what it held.
         """
@@ -65,10 +67,12 @@ class ParquetPictures:
     Args:
         manifest: where they are.
         caption_column: of a generation job `prompt`; None where nothing is said of the pictures.
+        columns: what is judged.
     """
 
     manifest: Manifest
     caption_column: str | None
+    columns: tuple[str, ...] = ("image",)
 
     @property
     def uri(self) -> str:
@@ -87,11 +91,11 @@ class ParquetPictures:
         return records_identity(self.manifest, in_place=True)
 
     def read(self, fragment: int) -> pa.Table:
-        columns = ["id", "image", *([self.caption_column] if self.caption_column else [])]
+        columns = ["id", *self.columns, *([self.caption_column] if self.caption_column else [])]
         table = read_slices(self.manifest, [(fragment, 0, self.manifest.fragments[fragment].rows)], columns)
         if self.caption_column is None:
             table = table.append_column("caption", pa.nulls(table.num_rows, pa.string()))
-        return table.rename_columns(["id", "image", "caption"])
+        return table.rename_columns(["id", *self.columns, "caption"])
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,15 @@ def open_pictures(field: str, uri: str) -> ParquetPictures | TarPictures:
     return ParquetPictures(manifest, captions[0] if captions else None)
 
 
+def open_records(field: str, uri: str, columns: tuple[str, ...], *, captions: bool) -> ParquetPictures:
+    """Records with `columns`; `DataError` where there are none, or `captions` are needed and missing."""
+    try:
+        manifest = scan(uri, ("id", *columns, *(("caption",) if captions else ())))
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from None
+    return ParquetPictures(manifest, "caption" if "caption" in manifest.columns else None, columns)
+
+
 @dataclass(frozen=True)
 class Unit:
     """Pictures whose features are made and kept together.
@@ -163,7 +176,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """The pictures of a folder that are judged. Picklable."""
+    """The pictures, or other records, of a folder that are judged. Picklable."""
 
     name: str
     pictures: Pictures
@@ -193,20 +206,34 @@ class PictureSet:
             assert table is not None
             yield unit, table.take(unit.rows)
 
-    def images(self, rows: Sequence[int]) -> dict[int, bytes]:
-        """The encoded pictures of some numbers in the set."""
+    def numbers(self, unit: Unit) -> range:
+        """Of the unit's records in the set."""
+        start = sum(len(earlier.rows) for earlier in self.units[: unit.number])
+        return range(start, start + len(unit.rows))
+
+    def records(self, rows: Sequence[int]) -> dict[int, pa.Table]:
+        """The records of some numbers in the set, one row each."""
         starts = np.cumsum([0, *(len(unit.rows) for unit in self.units)])
-        found: dict[int, bytes] = {}
+        found: dict[int, pa.Table] = {}
         wanted = np.sort(np.array(rows, dtype=np.int64))
         for number in np.unique(np.searchsorted(starts, wanted, side="right") - 1):
             ((_, table),) = self.read([self.units[number]])
             for row in wanted[(wanted >= starts[number]) & (wanted < starts[number + 1])]:
-                found[int(row)] = table.column("image")[int(row - starts[number])].as_py()
+                found[int(row)] = table.slice(int(row - starts[number]), 1)
         return found
 
+    def images(self, rows: Sequence[int]) -> dict[int, bytes]:
+        """The encoded pictures of some numbers in the set."""
+        return {row: table.column("image")[0].as_py() for row, table in self.records(rows).items()}
 
-def choose(name: str, pictures: Pictures, *, limit: int | None, seed: int) -> PictureSet:
-    """All pictures, or `limit` of them, every choice as likely as any other."""
+
+def choose(name: str, pictures: Pictures, *, limit: int | None, seed: int, row_bytes: int = 0) -> PictureSet:
+    """All records, or `limit` of them, every choice as likely as any other.
+
+    Args:
+        row_bytes: of a record's decoded pictures, where they are large.
+    """
+    unit_rows = min(UNIT_ROWS, max(1, UNIT_BYTES // row_bytes)) if row_bytes else UNIT_ROWS
     total = sum(pictures.rows)
     chosen = np.arange(total)
     if limit is not None and limit < total:
@@ -217,8 +244,8 @@ def choose(name: str, pictures: Pictures, *, limit: int | None, seed: int) -> Pi
         start, stop = np.searchsorted(chosen, [first, first + rows])
         wanted = chosen[start:stop] - first
         units += [
-            Unit(len(units) + index, fragment, wanted[begin : begin + UNIT_ROWS])
-            for index, begin in enumerate(range(0, len(wanted), UNIT_ROWS))
+            Unit(len(units) + index, fragment, wanted[begin : begin + unit_rows])
+            for index, begin in enumerate(range(0, len(wanted), unit_rows))
         ]
         first += rows
     return PictureSet(name, pictures, tuple(units))

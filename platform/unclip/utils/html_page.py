@@ -29,6 +29,10 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pictures { display: flex; flex-wrap: wrap; gap: 12px; } figure { margin: 0; width: 128px; }
 figure img { width: 128px; height: 128px; object-fit: contain; border: 1px solid var(--line); }
 figcaption { overflow-wrap: anywhere; max-height: 5.5em; overflow: hidden; }
+img.wide { max-width: 100%; }
+.grid { overflow-x: auto; } .grid td { max-width: 260px; font-size: 12px; overflow-wrap: anywhere; }
+.grid td:first-child { min-width: 110px; }
+.grid img { object-fit: contain; image-rendering: pixelated; border: 1px solid var(--line); display: block; }
 .plots { display: flex; flex-wrap: wrap; gap: 24px; } rect { fill: var(--bar); } line { stroke: var(--line); }
 """
 _WIDTH, _HEIGHT, _BOTTOM = 330, 150, 34
@@ -62,11 +66,30 @@ class HtmlPage:
     def pictures(self, figures: Sequence[Figure]) -> None:
         """Pictures in rows, each with its text."""
         cells = "".join(
-            f'<figure><img alt="{escape(text, quote=True)}" src="data:{escape(media, quote=True)};base64,'
-            f'{base64.b64encode(content).decode()}"><figcaption>{escape(text)}</figcaption></figure>'
+            f'<figure><img alt="{escape(text, quote=True)}" src="{_data_uri(content, media)}">'
+            f"<figcaption>{escape(text)}</figcaption></figure>"
             for content, media, text in figures
         )
         self._parts.append(f'<div class="pictures">{cells}</div>')
+
+    def grid(
+        self, titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Figure | None]]], *, side: int = 128
+    ) -> None:
+        """A row of pictures for each (text, figures), under `titles`; what a row lacks is None.
+
+        Args:
+            side: of each picture on the page, in pixels; small ones are enlarged pixel by pixel.
+        """
+        head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+        body = "".join(
+            f"<tr><td>{escape(text)}</td>{''.join(_grid_cell(figure, side) for figure in figures)}</tr>"
+            for text, figures in rows
+        )
+        self._parts.append(f'<div class="grid"><table><tr><th></th>{head}</tr>{body}</table></div>')
+
+    def picture(self, content: bytes, media: str, text: str) -> None:
+        """One encoded picture as wide as it is, at most as the page; `text` stands for it where it cannot be seen."""
+        self._parts.append(f'<img class="wide" alt="{escape(text, quote=True)}" src="{_data_uri(content, media)}">')
 
     def html(self) -> str:
         """The file's content."""
@@ -102,6 +125,18 @@ def histogram_svg(title: str, values: npt.NDArray[np.float64], bins: int = 30) -
         f'<text x="{_WIDTH}" y="{top + 14}" text-anchor="end">{_number(edges[-1])}</text>'
         f'<text x="0" y="{top + 30}">{escape(facts)}</text></svg>'
     )
+
+
+def _grid_cell(figure: Figure | None, side: int) -> str:
+    if figure is None:
+        return "<td></td>"
+    content, media, text = figure
+    image = f'<img alt="{escape(text, quote=True)}" width="{side}" height="{side}" src="{_data_uri(content, media)}">'
+    return f"<td>{image}{escape(text)}</td>"
+
+
+def _data_uri(content: bytes, media: str) -> str:
+    return f"data:{escape(media, quote=True)};base64,{base64.b64encode(content).decode()}"
 
 
 def _cell(value: str | int | float) -> str:

@@ -130,7 +130,7 @@ def test_every_attribute_is_a_column_of_classes(prepared: tuple[PrepareConfig, d
     manifest = scan(f"{config.out}/48/train")
     labels = {name: distinct_labels(manifest, name, at_most=100) for name in ATTRIBUTES}
     assert set(labels["colour"]) <= {*COLOURS, "none"}
-    assert all("none" in labels[name] for name in ("role", "gender", "skin_tone", "hair", "colour", "shape"))
+    assert all("none" in labels[name] for name in ("role", "gender", "skin_tone", "hair", "count", "colour", "shape"))
     assert labels["split"] == ("train",)
 
 

@@ -48,29 +48,18 @@ def test_a_fine_pattern_becomes_grey_and_not_another_pattern() -> None:
     assert np.abs(small.astype(int) - 127).max() <= 2
 
 
-@pytest.fixture(scope="module")
-def inception() -> InceptionFeatures:
-    torch.manual_seed(0)
-    model = InceptionFeatures().eval().requires_grad_(False)
-    for name, value in model.network.state_dict().items():
-        if name.endswith("conv.weight"):
-            torch.nn.init.kaiming_normal_(value)
-        elif name.endswith("bn.bias"):
-            value.normal_(0, 0.1)
-    return model
-
-
-def test_inceptions_features_are_those_before_its_classes(inception: InceptionFeatures, tmp_path: Path) -> None:
-    weights = str(tmp_path / "inception.safetensors")
-    save_file({name: value.contiguous() for name, value in inception.network.state_dict().items()}, weights)
-    extractor = InceptionExtractor(weights)
+def test_inceptions_features_are_those_before_its_classes(inception: InceptionFeatures, inception_weights: str) -> None:
+    extractor = InceptionExtractor(inception_weights)
     extractor.setup("cpu")
-    features = extractor.extract(extractor.prepare(PICTURES, CAPTIONS))["inception"]
+    found = extractor.extract(extractor.prepare(PICTURES, CAPTIONS))
+    features = found["inception"]
     assert (features.shape, features.dtype) == ((2, 2048), np.float32)
     assert np.abs(features[0] - features[1]).max() > 0.1
     pixels = torch.tensor(central_square(PICTURES[1], 299)).permute(2, 0, 1)[np.newaxis]
     logits = inception.network((pixels.float() - 128) / 128)
     np.testing.assert_allclose(inception.network.fc(torch.tensor(features[1:])), logits, atol=1e-4)
+    assert found["inception_logits"].shape == (2, 1008)
+    np.testing.assert_allclose(found["inception_logits"][1:] + inception.network.fc.bias.numpy(), logits, atol=1e-4)
 
 
 def test_inceptions_means_leave_the_padding_out(inception: InceptionFeatures) -> None:
@@ -100,4 +89,4 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
         InceptionExtractor(str(tmp_path / "nowhere"))
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="not the weights of FID's Inception network"):
-        InceptionExtractor(str(tmp_path / "other.safetensors")).setup("cpu")
+        InceptionExtractor(str(tmp_path / "other.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,15 +18,18 @@ from unclip.config.base import ConfigError
 from unclip.data.decode import decode_image
 from unclip.data.manifest import DataError
 from unclip.evaluation import pictures as rooms
-from unclip.evaluation.config import EvaluateConfig
+from unclip.evaluation.config import EvaluatePicturesConfig
 from unclip.evaluation.discrepancy import cmmd
 from unclip.evaluation.extractors import central_square
+from unclip.evaluation.feature_folder import Features, features_table
 from unclip.evaluation.frechet import frechet_distance, statistics_of
+from unclip.evaluation.inception_score import inception_score
 from unclip.evaluation.job import EvaluationJob
+from unclip.evaluation.metrics import compare
 from unclip.models.clip import ClipModel
 
-Build = Callable[..., EvaluateConfig]
-Run = Callable[[EvaluateConfig], dict[str, Any]]
+Build = Callable[..., EvaluatePicturesConfig]
+Run = Callable[[EvaluatePicturesConfig], dict[str, Any]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,18 +79,50 @@ def test_pictures_against_themselves_are_the_best_there_is(config: Build, evalua
     assert found["diversity"] == found["reference_diversity"]
 
 
+def test_the_inception_score_is_of_the_networks_classes(config: Build, evaluate: Run, inception_weights: str) -> None:
+    settings = config(inception=inception_weights, reference=None, limit=4, inception_splits=2)
+    result = evaluate(settings)
+    found = result["metrics"]["inception"]
+    rows = pq.read_table(sorted((Path(settings.out) / "features" / "pictures").glob("*.parquet"))).to_pylist()
+    expected = inception_score(np.array([row["inception_logits"] for row in rows]), splits=2, seed=settings.seed)
+    assert found["inception_score"] > 1
+    assert (found["inception_score"], found["inception_score_std"]) == pytest.approx(expected)
+    assert "Inception Score" in (Path(settings.out) / "report.html").read_text()
+    sha256 = hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest()
+    assert result["protocol"]["features"]["inception"]["sha256"] == sha256
+
+
+def test_the_reference_has_an_inception_score_of_its_own(config: Build) -> None:
+    rng = np.random.default_rng(0)
+    features = [
+        Features(
+            np.arange(20),
+            [None] * 20,
+            {name: rng.normal(size=(20, 5)) for name in ("clip", "inception", "inception_logits")},
+        )
+        for _ in range(2)
+    ]
+    found = compare(features[0], features[1], config(inception_splits=3))
+    for prefix, each in zip(("", "reference_"), features, strict=True):
+        expected = inception_score(each.columns["inception_logits"], splits=3, seed=0)
+        numbers = (found["inception"][f"{prefix}inception_score{suffix}"] for suffix in ("", "_std"))
+        assert tuple(numbers) == pytest.approx(expected)
+    assert found["inception"]["frechet_distance"] > 0
+    assert "cmmd" not in found["inception"]
+
+
 def test_what_is_there_is_not_made_again_and_the_end_is_the_same(
-    config: Build, evaluate: Run, make_features: Callable[..., int], clip: ClipModel, tmp_path: Path
+    config: Build, evaluate: Run, make_features: Callable[..., int], tmp_path: Path
 ) -> None:
     evaluate(config(out=str(tmp_path / "straight")))
     settings = config()
-    job = EvaluationJob.prepare(settings, clip)
+    job = EvaluationJob.prepare(settings)
     assert make_features(job, most=3) == 3
     with pytest.raises(DataError, match="data folder"):  # the reference has no features yet
-        EvaluationJob.prepare(settings, clip).features["reference"].read(["clip"])
+        EvaluationJob.prepare(settings).subject.folders["reference"].read(["clip"])
     (Path(settings.out) / "features" / "pictures" / "features-000003.parquet.1.tmp").write_bytes(b"half")
-    again = EvaluationJob.prepare(settings, clip)
-    assert make_features(again) == sum(len(pictures.units) for pictures in again.sets.values()) - 3
+    again = EvaluationJob.prepare(settings)
+    assert make_features(again) == sum(len(pictures.units) for pictures in again.subject.sets.values()) - 3
     again.finish()
     assert contents(Path(settings.out)) == contents(tmp_path / "straight")
 
@@ -104,7 +140,7 @@ def test_features_of_an_earlier_evaluation_are_a_reference(
     manifest = Path(stored) / "manifest.json"
     manifest.write_text(manifest.read_text().replace(clip.fingerprint, "0" * 64))
     with pytest.raises(ConfigError, match=r"reference = .*: its features 'clip' are of another network"):
-        EvaluationJob.prepare(config(out=str(tmp_path / "third"), reference=stored), clip)
+        EvaluationJob.prepare(config(out=str(tmp_path / "third"), reference=stored))
 
 
 def test_without_a_reference_or_captions_the_rest_is_there(
@@ -145,30 +181,28 @@ def test_the_page_shows_the_best_and_the_worst(config: Build, evaluate: Run) -> 
     assert settings.pictures in page
 
 
-def test_a_folder_is_of_one_protocol(config: Build, evaluate: Run, clip: ClipModel, tmp_path: Path) -> None:
+def test_a_folder_is_of_one_protocol(config: Build, evaluate: Run, tmp_path: Path) -> None:
     evaluate(config())
     before = contents(Path(config().out))
-    EvaluationJob.prepare(config(actors=7, microbatch=1), clip)  # how fast, not what
+    EvaluationJob.prepare(config(actors=7, microbatch=1))  # how fast, not what
     for changes, what in (({"seed": 1}, "settings"), ({"limit": 30}, "pictures"), ({"reference": None}, "reference")):
         with pytest.raises(ConfigError, match=rf"out = .*: was begun with {what} = .*; choose another folder"):
-            EvaluationJob.prepare(config(**changes), clip)
+            EvaluationJob.prepare(config(**changes))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
     with pytest.raises(ConfigError, match="holds files that this job did not make"):
-        EvaluationJob.prepare(config(out=str(tmp_path / "used")), clip)
+        EvaluationJob.prepare(config(out=str(tmp_path / "used")))
     assert contents(Path(config().out)) == before
 
 
-def test_bad_input_is_named(
-    config: Build, clip: ClipModel, make_features: Callable[..., int], pictures: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_named(config: Build, make_features: Callable[..., int], pictures: str, tmp_path: Path) -> None:
     for field in ("pictures", "out"):
         with pytest.raises(ConfigError, match=f"{field}: required"):
-            EvaluationJob.prepare(config(**{field: ""}), clip)
+            EvaluationJob.prepare(config(**{field: ""}))
     with pytest.raises(ConfigError, match="pictures: 3 pictures are too few; neighbours = 3 needs 4"):
-        EvaluationJob.prepare(config(limit=3), clip)
+        EvaluationJob.prepare(config(limit=3))
     with pytest.raises(ConfigError, match="pictures: 1 pictures are too few; diversity needs 2"):
-        EvaluationJob.prepare(config(limit=1, reference=None), clip)
+        EvaluationJob.prepare(config(limit=1, reference=None))
     assert not Path(config().out).exists() or not contents(Path(config().out))
     broken = tmp_path / "broken"
     shutil.copytree(pictures, broken)
@@ -178,13 +212,13 @@ def test_bad_input_is_named(
     changed = table.set_column(1, "image", pa.array(images, pa.large_binary()))
     pq.write_table(changed, broken / "data-00001.parquet")
     with pytest.raises(DataError, match=r"broken': record 37: not a readable picture"):
-        make_features(EvaluationJob.prepare(config(pictures=str(broken)), clip))
+        make_features(EvaluationJob.prepare(config(pictures=str(broken))))
 
 
-def test_features_that_are_not_finite_are_refused(config: Build, clip: ClipModel, tmp_path: Path) -> None:
-    folder = EvaluationJob.prepare(config(), clip).features["pictures"]
+def test_features_that_are_not_finite_are_refused(config: Build) -> None:
+    folder = EvaluationJob.prepare(config()).subject.folders["pictures"]
     features = np.ones((3, 4), np.float32)
     features[1, 2] = np.nan
     with pytest.raises(DataError, match=r"features/pictures': record 8: its features 'clip' are not finite"):
-        folder.write(0, np.array([7, 8, 9]), [None] * 3, {"clip": features})
+        folder.write(0, features_table(np.array([7, 8, 9]), [None] * 3, {"clip": features}))
     assert not Path(folder.uri).exists()

@@ -18,6 +18,7 @@ from unclip.evaluation.pictures import PictureSet, choose, open_pictures
 from unclip.generation.bulk.config import GenerateConfig
 from unclip.generation.bulk.job import BulkJob
 from unclip.generation.bulk.maker import PictureMaker
+from unclip.pipelines.bundle import Bundle
 
 PROMPTS = [f"drawing number {number}" for number in range(6)]
 
@@ -50,7 +51,10 @@ def generated(tiny_bundle: str, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {form: generate(tiny_bundle, root / form, format=form) for form in ("parquet", "webdataset")}
 
 
-def test_both_forms_of_shards_are_the_same_pictures_with_their_prompts(generated: dict[str, str]) -> None:
+def test_both_forms_of_shards_are_the_same_pictures_with_their_prompts(
+    generated: dict[str, str], tiny_bundle: str
+) -> None:
+    stages = Bundle.load(tiny_bundle).configs
     sets = {
         form: choose("pictures", open_pictures("pictures", uri), limit=None, seed=0) for form, uri in generated.items()
     }
@@ -60,7 +64,11 @@ def test_both_forms_of_shards_are_the_same_pictures_with_their_prompts(generated
     for pictures in sets.values():
         told = pictures.protocol()
         assert told["made_by"]["counts"]["pictures"] == told["rows"] == told["available"] == 12
-        assert told["made_by"]["config"]["options"]["decoder"]["num_inference_steps"] == 1
+        sampling = told["made_by"]["settings"]["sampling"]
+        assert sampling["decoder"] == stages["decoder"].sampling.merged({"num_inference_steps": 1}).to_dict()
+        assert (
+            sampling["prior"]["guidance_scale"] == stages["prior"].sampling.guidance_scale
+        )  # nobody asked for another
 
 
 def test_a_tar_that_is_not_what_the_manifest_says_is_refused(generated: dict[str, str], tmp_path: Path) -> None:

@@ -34,10 +34,11 @@ def test_hostile_text_stays_text_wherever_it_is_put() -> None:
     page.table([(HOSTILE, 1)], (HOSTILE, "n"))
     page.histograms([(HOSTILE, np.arange(5.0))])
     page.pictures([(b"jpeg", "image/jpeg", HOSTILE)])
+    page.picture(b"png", "image/png", HOSTILE)
     elements = Elements(page.html()).seen
     assert "script" not in {tag for tag, _ in elements}
     assert not any("onerror" in attributes for _, attributes in elements)
-    assert [attributes["alt"] for tag, attributes in elements if tag == "img"] == [HOSTILE]
+    assert [attributes["alt"] for tag, attributes in elements if tag == "img"] == [HOSTILE, HOSTILE]
 
 
 def test_pictures_are_inside_the_file_and_nothing_is_loaded() -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.data.batches import BatchSpec
+from unclip.evaluation.caption_scores import clip_scores, score_with_other_captions
 from unclip.pipelines.stages import AnyPriorStageConfig
 from unclip.training.config import TrainConfig
 from unclip.training.validation.records import HeldOut
@@ -21,7 +22,7 @@ _GRID_PIXELS = 128
 
 
 def score_prior(config: TrainConfig, stage: AnyPriorStageConfig, model: nn.Module, records: HeldOut) -> Validation:
-    """Mean cosines of sampled z_i: to the true one, to z_t, and to z_t of another caption, which is the baseline.
+    """Mean cosines of sampled z_i: to the true one, to z_t, and to z_t of other captions, which is the baseline.
 
     `cosine_text_real` is that of true z_i and z_t: what samples can hope for. The grid shows captions with the held-out
     pictures whose embeddings are nearest to the sampled ones; there is none where the records have no pictures.
@@ -31,13 +32,12 @@ def score_prior(config: TrainConfig, stage: AnyPriorStageConfig, model: nn.Modul
     streams = SampleGenerator.for_samples(config.validation.seed, batch["position"]).child("sample")
     sampler = stage.stage(model)
     sampled = sampler.sample(text, batch["tokens"].long(), streams, sampling=stage.sampling)  # type: ignore[arg-type]
-    pairs = {
-        "cosine_image": (sampled, real),
-        "cosine_text": (sampled, text),
-        "cosine_text_unrelated": (sampled, text.roll(1, dims=0)),
-        "cosine_text_real": (real, text),
-    }
-    metrics = {name: float((a * b).sum(dim=1).mean()) for name, (a, b) in pairs.items()}
+    drawn, z_i, z_t = (embeds.cpu().numpy() for embeds in (sampled, real, text))
+    pairs = {"cosine_image": (drawn, z_i), "cosine_text": (drawn, z_t), "cosine_text_real": (z_i, z_t)}
+    metrics = {name: float(clip_scores(*pair).mean()) for name, pair in pairs.items()}
+    unrelated = score_with_other_captions(drawn, z_t, records.text("caption", len(drawn)))
+    if unrelated is not None:  # None: all have the same caption
+        metrics["cosine_text_unrelated"] = unrelated
     has_pictures = {"image", "caption"} <= set(records.manifest.columns)
     return Validation(metrics, _grid(config, sampled, records) if has_pictures else None)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
+from unclip.evaluation.fidelity import peak_signal_to_noise
 from unclip.models.upsampler import upsample_low_res
 from unclip.pipelines.pictures import to_signed, to_uint8
 from unclip.pipelines.stages import UpsamplerStage, UpsamplerStageConfig
@@ -12,9 +12,6 @@ from unclip.training.config import TrainConfig
 from unclip.training.validation.records import HeldOut
 from unclip.training.validation.result import SampleGrid, Validation, parts
 from unclip.utils.random import SampleGenerator
-
-_LARGEST_PSNR = 100.0
-"""That of pictures without a difference, which have no finite one."""
 
 
 def score_upsampler(config: TrainConfig, stage: UpsamplerStageConfig, model: nn.Module, records: HeldOut) -> Validation:
@@ -43,9 +40,3 @@ def score_upsampler(config: TrainConfig, stage: UpsamplerStageConfig, model: nn.
     metrics = {"psnr": sum(psnr) / count, "psnr_interpolated": sum(interpolated) / count}
     titles = (f"{stage.low_res_size} px", "sample", "real")
     return Validation(metrics, SampleGrid(titles, tuple(rows)))
-
-
-def peak_signal_to_noise(pictures: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """(B,) dB of uint8 (B, H, W, 3): 10 log10(255^2 / mean squared error)."""
-    error = (pictures.double() - real.double()).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(255.0**2 / error)).clamp(max=_LARGEST_PSNR)

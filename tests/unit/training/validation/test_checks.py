@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.embedded import embed, save_clip
+from tests.support.embedded import save_clip
 
 from unclip.config.base import ConfigError
 from unclip.data.manifest import DataError
@@ -14,6 +14,7 @@ from unclip.pipelines.stages import StageName
 from unclip.recipes import RECIPES
 from unclip.recipes.clip import tiny_architecture
 from unclip.training.config import TrainConfig
+from unclip.training.in_process import embed_here
 from unclip.training.setup import prepare_run
 from unclip.training.validation.checks import check_validation
 
@@ -24,7 +25,7 @@ def folder(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("checks")
     for name, seed in (("one", 0), ("other", 1)):
         clip = save_clip(str(out / name), tiny_architecture(), seed=seed)
-        embed(f"{openmoji}/64/train", str(out / name / "train"), clip)
+        embed_here(f"{openmoji}/64/train", str(out / name / "train"), clip)
     return out
 
 

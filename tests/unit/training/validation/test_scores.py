@@ -1,8 +1,6 @@
-"""Retrieval, zero-shot accuracy and signal-to-noise ratio against counts and definitions."""
+"""Retrieval and zero-shot accuracy against counts."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 from unclip.recipes.clip import tiny_architecture
 from unclip.training.validation.clip_scores import retrieval, zero_shot
-from unclip.training.validation.upsampler_scores import peak_signal_to_noise
 
 
 def test_retrieval_counts_nearest_neighbours_and_takes_equal_captions_for_one() -> None:
@@ -40,12 +37,3 @@ def test_zero_shot_accuracy_is_the_share_of_labels_whose_caption_is_nearest() ->
         "zero_shot_chance": pytest.approx(1 / 3),
         "zero_shot_most_frequent": pytest.approx(3 / 5),
     }
-
-
-def test_the_signal_to_noise_ratio_is_its_definition() -> None:
-    real = torch.zeros(3, 4, 4, 3, dtype=torch.uint8)
-    pictures = real.clone()
-    pictures[1] += 5
-    pictures[2, :2] = 255
-    expected = [100.0, 20 * math.log10(255 / 5), 10 * math.log10(2)]
-    assert peak_signal_to_noise(pictures, real).tolist() == pytest.approx(expected)
