@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.embedded import embed, save_clip
+from tests.support.embedded import save_clip
 from tests.support.ranks import LAUNCHER, run_ranks
-from tests.support.streams import local_batches
 
 from unclip.diffusion.timestep_sampling import LossAwareTimesteps
 from unclip.recipes import RECIPES
@@ -29,6 +28,7 @@ from unclip.recipes.clip import tiny_architecture
 from unclip.training import checkpoint
 from unclip.training.checkpoint import FragmentReader
 from unclip.training.export import full_state_dict
+from unclip.training.in_process import embed_here, local_batches
 from unclip.training.loop import Batches, Trainer
 from unclip.training.profiling import ProfileConfig, request_profile
 from unclip.training.run_folder import RunFolder
@@ -147,7 +147,7 @@ def two_workers(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 def records(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs lie, beside the CLIP and the embedded records that they share."""
     root = tmp_path_factory.mktemp("workers")
-    embed(f"{openmoji}/64/train", str(root / "embedded"), save_clip(str(root / "clip"), tiny_architecture()))
+    embed_here(f"{openmoji}/64/train", str(root / "embedded"), save_clip(str(root / "clip"), tiny_architecture()))
     return root
 
 

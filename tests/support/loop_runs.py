@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.streams import local_batches
 
 from unclip.recipes import RECIPES
 from unclip.training import checkpoint
 from unclip.training.checkpoint import FragmentReader
+from unclip.training.in_process import local_batches
 from unclip.training.loop import Batches, Trainer
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, prepare_run

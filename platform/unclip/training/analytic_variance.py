@@ -17,7 +17,9 @@ from unclip.diffusion.guidance import ConditionT, Denoise
 from unclip.diffusion.process import DiffusionProcess
 from unclip.models.prior import PriorCondition, PriorModel
 from unclip.pipelines.bundle import Bundle, BundleError, save_stage
+from unclip.pipelines.card import write_card
 from unclip.pipelines.stages import PriorStageConfig
+from unclip.utils import storage
 from unclip.utils.progress import progress_bar
 from unclip.utils.random import SampleGenerator
 
@@ -119,6 +121,7 @@ def fit_analytic_variance(config: FitAnalyticVarianceConfig, *, dry_run: bool = 
         raise BundleError(f"{bundle.uri!r} has no diffusion prior; it has {', '.join(bundle.configs) or 'none'}")
     manifest = scan(config.data, ("id", "caption", *_COLUMNS))
     _check_clip(bundle, manifest)
+    storage.check_writable(bundle.uri)
     if dry_run:
         return None
     model = bundle.load_model("prior")
@@ -136,6 +139,7 @@ def fit_analytic_variance(config: FitAnalyticVarianceConfig, *, dry_run: bool = 
     stored = bundle.manifests["prior"]
     provenance = {**stored.provenance, "analytic_variance": config.to_dict()}
     save_stage(bundle.uri, fitted, tensors=model.state_dict(), clip=stored.clip, provenance=provenance)
+    write_card(bundle.uri)
     return found
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.embedded import embed, save_clip
-from tests.support.streams import local_batches
+from tests.support.embedded import save_clip
 
 from unclip.data.pca import PrincipalComponents
 from unclip.models.ar_prior import ARPriorModel
@@ -15,6 +14,7 @@ from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.stages import ARPriorStageConfig
 from unclip.recipes import RECIPES
 from unclip.recipes.clip import tiny_architecture
+from unclip.training.in_process import embed_here, local_batches
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder
@@ -24,7 +24,7 @@ from unclip.utils.random import SampleGenerator
 
 def test_records_become_a_stage(openmoji: str, tmp_path: Path) -> None:
     clip = save_clip(str(tmp_path), tiny_architecture())
-    data = embed(f"{openmoji}/64/train", str(tmp_path / "embedded"), clip)
+    data = embed_here(f"{openmoji}/64/train", str(tmp_path / "embedded"), clip)
     recipe = RECIPES["prior"]["ar_debug"]()
     changes = {
         "run": str(tmp_path / "run"),

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.streams import local_batches
 
 from unclip.config.base import ConfigError
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.cascade import GenerationOptions
 from unclip.pipelines.pipeline import Pipeline
 from unclip.recipes import RECIPES
+from unclip.training.in_process import local_batches
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.streams import local_batches
 
 from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.guides import GuideOptions, build_guide
 from unclip.recipes import RECIPES
 from unclip.training import checkpoint
 from unclip.training.export import full_state_dict
+from unclip.training.in_process import local_batches
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder

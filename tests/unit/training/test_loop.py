@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.embedded import embed
 from tests.support.loop_runs import (
     LOSS_AWARE,
     Records,
@@ -24,7 +23,6 @@ from tests.support.loop_runs import (
     start,
     stored,
 )
-from tests.support.streams import local_batches
 
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.models.clip import load_clip
@@ -33,6 +31,7 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.training import checkpoint
 from unclip.training.checkpoint import CheckpointError
 from unclip.training.export import full_state_dict
+from unclip.training.in_process import embed_here, local_batches
 from unclip.training.objectives.clip import ClipObjective
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder
@@ -44,11 +43,12 @@ from unclip.training.setup import PreparedRun
 def test_every_stage_trains_and_the_bundle_makes_pictures(tmp_path: Path, records: Records) -> None:
     clip = prepare("clip", tmp_path, records)
     summary = run(clip)
-    said = tuple(replace(manifest, facts={"attribution": "Drawn by A."}) for manifest in clip.manifests * 2)
+    said = tuple(replace(manifest, facts={"attribution": "Drawn by A."}) for manifest in clip.manifests)
     publish(replace(clip, manifests=said))
+    assert replace(clip, manifests=said * 2).attributions == ["Drawn by A."]
     assert Bundle.load(str(tmp_path / "bundle")).attribution == "Drawn by A."
     source = str(tmp_path / "bundle" / "clip")
-    embedded = embed(records["64"], str(tmp_path / "embedded"), source)
+    embedded = embed_here(records["64"], str(tmp_path / "embedded"), source)
     chained = records | {"clip": source, "embedded": embedded}
     for stage in ("prior", "decoder", "upsampler_256", "upsampler_1024"):
         prepared = prepare(stage, tmp_path, chained)

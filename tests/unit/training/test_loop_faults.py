@@ -25,13 +25,13 @@ from tests.support.loop_runs import (
     start,
     stored,
 )
-from tests.support.streams import local_batches
 
 from unclip.training import checkpoint
 from unclip.training.checkpoint import CheckpointError
 from unclip.training.config import TrainConfig
 from unclip.training.export import full_state_dict
 from unclip.training.flops import training_flops
+from unclip.training.in_process import local_batches
 from unclip.training.loop import Batches, Trainer, TrainingDiverged
 from unclip.training.objectives import LossOutput
 from unclip.training.profiling import ProfileConfig, request_profile

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.support.embedded import embed, save_clip
+from tests.support.embedded import save_clip
 
 from unclip.config.base import ConfigError
 from unclip.data.batches import make_batch
@@ -25,6 +25,7 @@ from unclip.pipelines.bundle import BundleError
 from unclip.recipes import RECIPES
 from unclip.recipes.clip import tiny_architecture
 from unclip.training.config import TrainConfig
+from unclip.training.in_process import embed_here
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import check_outputs, clip_reference, prepare_run
 
@@ -59,7 +60,7 @@ def made(openmoji: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("setup")
     clip = save_clip(str(root / "first"), tiny_architecture())
     records = f"{openmoji}/64/train"
-    return Place(root, records, embed(records, str(root / "embedded"), clip), clip)
+    return Place(root, records, embed_here(records, str(root / "embedded"), clip), clip)
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_text_states_of_another_shape(
 ) -> None:
     """Half as many tokens of twice the width are as many numbers, so the columns alone do not tell."""
     changes = told_states(**{field: value})
-    data = embed(place.records, str(place.root / "states"), place.clip, text_states=True)
+    data = embed_here(place.records, str(place.root / "states"), place.clip, text_states=True)
     words = (f"objective.stage.model.text_states.{field} = {value}", f"set it to {TEXT_STATES[field]}")
     place.refuses(ConfigError, *words, data, **changes, data={"path": data})
     stream = {"path": place.records, "embeddings": "stream"}
@@ -264,7 +265,7 @@ def test_text_states_of_another_shape(
 
 def test_text_states_that_nobody_vouches_for(place: Place, told_states: Callable[..., dict[str, Any]]) -> None:
     place.refuses(DataError, "no column 'text_states'", **told_states())
-    data = Path(embed(place.records, str(place.root / "states"), place.clip, text_states=True))
+    data = Path(embed_here(place.records, str(place.root / "states"), place.clip, text_states=True))
     assert prepare_run(place.config(**told_states(), data={"path": str(data)})).spec.embeddings[-1] == "text_states"
     facts = json.loads((data / "manifest.json").read_text())
     del facts["clip"]["text_states"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests.support.embedded import embed, save_clip
-from tests.support.streams import local_batches
+from tests.support.embedded import save_clip
 
 from unclip.models.clip import load_clip
 from unclip.models.decoder import DecoderModel
@@ -14,6 +13,7 @@ from unclip.pipelines.bundle import Bundle
 from unclip.pipelines.stages import DecoderStage, DecoderStageConfig
 from unclip.recipes import RECIPES
 from unclip.recipes.clip import tiny_architecture
+from unclip.training.in_process import embed_here, local_batches
 from unclip.training.loop import Trainer
 from unclip.training.publish import publish
 from unclip.training.run_folder import RunFolder
@@ -24,7 +24,7 @@ from unclip.utils.random import SampleGenerator
 def test_a_decoder_trains_on_the_text_states(openmoji: str, tmp_path: Path) -> None:
     source = save_clip(str(tmp_path), tiny_architecture())
     clip = load_clip(source)
-    data = embed(f"{openmoji}/64/train", str(tmp_path / "embedded"), source, text_states=True)
+    data = embed_here(f"{openmoji}/64/train", str(tmp_path / "embedded"), source, text_states=True)
     states = {"context_length": clip.context_length, "state_dim": clip.text_state_dim, "width": 32}
     changes = {
         "run": str(tmp_path / "run"),

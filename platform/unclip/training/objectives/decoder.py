@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.data.batches import BatchSpec
@@ -23,7 +23,7 @@ from unclip.training.objectives.base import (
     LossOutput,
     NormalizationName,
 )
-from unclip.training.objectives.embeddings import fit_normalizer
+from unclip.training.objectives.embeddings import check_trainable, fit_normalizer
 from unclip.utils.random import SampleGenerator
 
 
@@ -42,6 +42,11 @@ class DecoderObjectiveConfig(BaseObjectiveConfig):
     """Share of samples that do not see their class (Ho and Salimans 2022: 10 to 20%)."""
     normalization: NormalizationName = "scale"
     """Unit variance of z_i by the paper's constant (`scale`) or by the data's statistics (`whiten`)."""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> DecoderObjectiveConfig:
+        check_trainable(unit_norm=self.stage.unit_norm, clip_text=self.stage.model.clip_text is not None)
+        return self
 
     @property
     def embedding_columns(self) -> tuple[str, ...]:

@@ -43,6 +43,16 @@ def fit_normalizer(
     return from_statistics(statistics["mean"], statistics["std"])
 
 
+def check_trainable(*, unit_norm: bool, clip_text: bool) -> None:
+    """Raises `ValueError` for what prior and decoder of other libraries have, and no data of ours is for."""
+    if not unit_norm:
+        raise ValueError("stage.unit_norm = False: the embeddings that are trained on have unit norm; set it to true")
+    if clip_text:
+        raise ValueError(
+            "stage.model.clip_text: stages with a CLIP inside are imported, and not trained here; set it to null"
+        )
+
+
 def _check_unit_norm(statistics: Mapping[str, Any]) -> None:
     """Both normalisations, and sampling, take embeddings for unit vectors: E|z|^2 = sum of mean^2 + std^2 = 1."""
     square = sum(value**2 for name in ("mean", "std") for value in statistics[name])

@@ -19,7 +19,7 @@ from unclip.training.objectives.base import (
     DiffusionObjective,
     NormalizationName,
 )
-from unclip.training.objectives.embeddings import fit_normalizer
+from unclip.training.objectives.embeddings import check_trainable, fit_normalizer
 from unclip.utils.random import SampleGenerator
 
 
@@ -38,6 +38,7 @@ class PriorObjectiveConfig(BaseObjectiveConfig):
     @model_validator(mode="after")
     def _consistent(self) -> PriorObjectiveConfig:
         self.loss.check(self.stage.diffusion)
+        check_trainable(unit_norm=self.stage.unit_norm, clip_text=self.stage.model.clip_text is not None)
         return self
 
     @property

@@ -33,6 +33,8 @@ class UpsamplerObjectiveConfig(BaseObjectiveConfig):
 
     @model_validator(mode="after")
     def _crops_fit(self) -> UpsamplerObjectiveConfig:
+        if self.stage.model.last_step:
+            raise ValueError("stage.model.last_step: networks of the last step are imported, and not trained here")
         factor = self.stage.image_size // self.stage.low_res_size
         if (self.stage.image_size * self.crop_fraction) % factor:
             raise ValueError(
@@ -86,6 +88,11 @@ class UpsamplerObjective(DiffusionObjective):
         if self.config.stage.model.noise_conditioning:
             level = generator.child("low-res noise level").integers(self.process.num_train_timesteps)
         cond = low_res_condition(
-            to_signed(batch["low_res"]), image.shape[-1], self.process, noise_level=level, generator=generator
+            to_signed(batch["low_res"]),
+            image.shape[-1],
+            self.process,
+            noise_level=level,
+            generator=generator,
+            resize=self.config.stage.model.resize,
         )
         return image, cond
