@@ -8,7 +8,7 @@ BUILT := build/image/$(VARIANT)
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test browser promtool chaos bench format pins manifests image image-check sbom audit clean
+.PHONY: demo test docs browser promtool chaos bench format pins manifests image image-check sbom audit clean
 
 demo: STARTED := $(shell date +%s)
 demo: $(VENV)/.installed-demo
@@ -20,8 +20,12 @@ test: $(VENV)/.installed-dev browser promtool
 	$(BIN)/mypy
 	$(BIN)/mypy -p benchmarks
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/parity tests/k8s --numprocesses=logical --dist=loadfile
-	$(BIN)/python -m pytest tests/distributed tests/cluster tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/parity tests/k8s tests/docs --numprocesses=logical --dist=loadfile --durations=10
+	$(BIN)/python -m pytest tests/distributed tests/cluster tests/e2e --durations=25
+
+# The site of docs/, into build/site; a broken link ends it. `tests/docs` builds it too.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The playground's tests want a Chromium; they are left out where there is none and nobody may install one.
 browser:

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tests.support.streams import local_batches
 
 from unclip.cluster.validate import Validator
 from unclip.generation.outputs import read_png
@@ -18,6 +17,7 @@ from unclip.recipes import RECIPES
 from unclip.training import checkpoint
 from unclip.training.config import TrainConfig
 from unclip.training.export import full_state_dict
+from unclip.training.in_process import local_batches
 from unclip.training.loop import Trainer
 from unclip.training.run_folder import RunFolder
 from unclip.training.setup import PreparedRun, prepare_run

@@ -20,7 +20,7 @@ def stage(
 ) -> PriorStageConfig:
     """The paper's process (§2.2, Table 3): cosine schedule, z_i itself predicted, 64 ancestral steps, two draws.
 
-    Guidance is off unless asked for: the paper found that guiding the prior hurts how pictures look (§5.3). The range to
+    Guidance is off unless asked for: the paper found that guiding the prior hurts how pictures look (§5.5). The range to
     which predicted embeddings are clipped is not given; at the paper's scale a component of 5 is beyond nine deviations.
     """
     return PriorStageConfig(
