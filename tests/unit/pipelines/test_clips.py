@@ -53,7 +53,7 @@ def test_of_a_hub_is_the_one_that_was_published(tmp_path: Path) -> None:
 
 
 def test_names_that_are_none_are_refused() -> None:
-    with pytest.raises(ConfigError, match="clip = 'ViT-B-33'.*did you mean"):
+    with pytest.raises(ConfigError, match=r"clip = 'ViT-B-33'.*did you mean"):
         load_clip_named("ViT-B-33")
 
 
