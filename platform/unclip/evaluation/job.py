@@ -133,11 +133,19 @@ class EvaluationJob:
         }
         for name, table in judgement.tables.items():
             write_tables(storage.join(self.config.out, name), table.schema, [table])
+        for said in self._attributions:
+            judgement.page.note(said)
         judgement.page.heading("Protocol")
         judgement.page.table([(name, json.dumps(value)) for name, value in _leaves(self.protocol)])
         storage.write_bytes(storage.join(self.config.out, _REPORT), judgement.page.html().encode())
         storage.write_json(storage.join(self.config.out, _RESULT), result)
         return result
+
+    @property
+    def _attributions(self) -> list[str]:
+        """What the licences of records want said where they are shown."""
+        facts = [records.pictures.facts for records in self.subject.sets.values()]
+        return list(dict.fromkeys(each["attribution"] for each in facts if each.get("attribution")))
 
     def _gather(self, name: str) -> Features:
         folder, sets = self.subject.folders[name], self.subject.sets

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unclip.interop.keys import Entry, InteropError, layer, prefixed, same
-from unclip.interop.settings import Settings
+from unclip.interop.settings import Settings, checked
 from unclip.models.clip import ClipArchitectureConfig
 from unclip.models.clip_text import ClipTextConfig
 
@@ -58,6 +58,12 @@ def vision_entries(config: ClipArchitectureConfig) -> list[Entry]:
     ]
 
 
+def embed_dim(settings: Mapping[str, Any]) -> int:
+    """Width of the joint space, of a whole model's configuration or a tower's."""
+    found: int = Settings("CLIP", settings, {"projection_dim": 512}).take("projection_dim", int)
+    return found
+
+
 def text_config(settings: Mapping[str, Any], embed_dim: int, *, part: str = "text_encoder") -> ClipTextConfig:
     """The shape of a text tower; `InteropError` where it is none of CLIP's."""
     left = _tower(part, settings)
@@ -65,18 +71,18 @@ def text_config(settings: Mapping[str, Any], embed_dim: int, *, part: str = "tex
     end = left.take("eos_token_id", (int, type(None)))
     if end not in (2, None, vocabulary - 1):  # 2 is what transformers writes for "the highest token"
         raise InteropError(f"{part}: eos_token_id = {end}: the end of text must be the last token, {vocabulary - 1}")
-    found = ClipTextConfig(
-        vocab_size=vocabulary,
-        context_length=left.take("max_position_embeddings", int),
-        width=left.take("hidden_size", int),
-        depth=left.take("num_hidden_layers", int),
-        heads=left.take("num_attention_heads", int),
-        embed_dim=embed_dim,
-        quick_gelu=_quick_gelu(left),
-    )
-    _check_mlp(left, found.width)
+    found = {
+        "vocab_size": vocabulary,
+        "context_length": left.take("max_position_embeddings", int),
+        "width": left.take("hidden_size", int),
+        "depth": left.take("num_hidden_layers", int),
+        "heads": left.take("num_attention_heads", int),
+        "embed_dim": embed_dim,
+        "quick_gelu": _quick_gelu(left),
+    }
+    _check_mlp(left, found["width"])
     left.done()
-    return found
+    return checked(part, ClipTextConfig, found)
 
 
 def architecture(
@@ -86,6 +92,8 @@ def architecture(
     left = _tower(part, vision)
     left.must(num_channels=3)
     width, heads = left.take("hidden_size", int), left.take("num_attention_heads", int)
+    if heads < 1 or width % heads:
+        raise InteropError(f"{part}: num_attention_heads = {heads}: does not divide hidden_size = {width}")
     _check_mlp(left, width)
     if _quick_gelu(left) != text.quick_gelu:
         raise InteropError(f"{part}: hidden_act = {vision.get('hidden_act')!r}: the text tower has another one")
@@ -93,21 +101,21 @@ def architecture(
         raise InteropError(
             f"vocab_size = {text.vocab_size}: a CLIP of ours has the {_VOCAB_SIZE} of its byte-pair encoding"
         )
-    found = ClipArchitectureConfig(
-        embed_dim=text.embed_dim,
-        image_size=left.take("image_size", int),
-        vision_layers=left.take("num_hidden_layers", int),
-        vision_width=width,
-        vision_patch_size=left.take("patch_size", int),
-        vision_head_width=width // heads,
-        context_length=text.context_length,
-        text_width=text.width,
-        text_heads=text.heads,
-        text_layers=text.depth,
-        quick_gelu=text.quick_gelu,
-    )
+    found = {
+        "embed_dim": text.embed_dim,
+        "image_size": left.take("image_size", int),
+        "vision_layers": left.take("num_hidden_layers", int),
+        "vision_width": width,
+        "vision_patch_size": left.take("patch_size", int),
+        "vision_head_width": width // heads,
+        "context_length": text.context_length,
+        "text_width": text.width,
+        "text_heads": text.heads,
+        "text_layers": text.depth,
+        "quick_gelu": text.quick_gelu,
+    }
     left.done()
-    return found
+    return checked(part, ClipArchitectureConfig, found)
 
 
 def text_of(config: ClipArchitectureConfig) -> ClipTextConfig:

@@ -56,9 +56,7 @@ def import_hf_clip(source: Source) -> Iterator[ImportedStage]:
         raise InteropError(
             f"{folder}: model_type = {settings.get('model_type')!r}: must be clip, with both towers' configs"
         )
-    text = hf_clip.text_config(
-        _TEXT | settings["text_config"], int(settings.get("projection_dim", 512)), part="text_config"
-    )
+    text = hf_clip.text_config(_TEXT | settings["text_config"], hf_clip.embed_dim(settings), part="text_config")
     shape = hf_clip.architecture(text, _VISION | settings["vision_config"], part="vision_config")
     check_pictures(read_config(folder, "feature_extractor", inside=False), shape)
     theirs = read_tensors(folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unclip.config.base import ConfigError, read_settings
+from unclip.config.base import read_settings
 from unclip.diffusion.process import DiffusionConfig
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.interop.adm_names import transformer_depth, transformer_entries, unet_config, unet_entries
@@ -34,6 +34,7 @@ from unclip.interop.keys import (
     to_ours,
     tokens_fastest,
 )
+from unclip.interop.settings import checked
 from unclip.interop.torch_files import read_content, read_tensors, shapes_in, within
 from unclip.models.clip import ClipModel
 from unclip.models.clip_text import ClipTextConfig
@@ -173,7 +174,7 @@ def _prior(
         xf_final_ln=True,
         clip_dim=embed_dim,
     )
-    config = _checked(
+    config = checked(
         "prior",
         PriorStageConfig,
         {
@@ -216,7 +217,7 @@ def _decoder(theirs: Tensors, clip: _Clip, settings: Mapping[str, Any]) -> Impor
         text_ctx=clip.config.context_length,
     )
     caption = ClipCaptionConfig(encoder=clip.config, width=width)
-    config = _checked(
+    config = checked(
         "decoder",
         DecoderStageConfig,
         {
@@ -248,7 +249,7 @@ def _upsampler(theirs: Tensors, settings: Mapping[str, Any]) -> ImportedStage:
     _compare(
         "upsampler", settings, channels=first.channels, depth=first.depth, channels_multiple=list(first.channel_mult)
     )
-    config = _checked(
+    config = checked(
         "upsampler_256",
         UpsamplerStageConfig,
         {
@@ -329,10 +330,3 @@ def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
     if name not in shapes:
         raise InteropError(f"{name} is missing: this is none of Karlo's files")
     return shapes[name]
-
-
-def _checked(stage: str, kind: Any, settings: Mapping[str, Any]) -> Any:
-    try:
-        return kind.from_dict(settings)
-    except ConfigError as error:
-        raise InteropError(f"{stage}: {error}") from None

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from unclip.config.base import Config, ConfigError
 from unclip.interop.keys import InteropError
+
+C = TypeVar("C", bound=Config)
+
+
+def checked(part: str, kind: type[C], settings: Mapping[str, Any]) -> C:
+    """Our configuration of a part of a source; what that refuses is refused as a whole."""
+    try:
+        return kind.from_dict(settings)
+    except ConfigError as error:
+        raise InteropError(f"{part}: {error}") from None
 
 
 class Settings:

@@ -28,7 +28,7 @@ table { border-collapse: collapse; } td, th { padding: 2px 14px 2px 0; text-alig
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pictures { display: flex; flex-wrap: wrap; gap: 12px; } figure { margin: 0; width: 128px; }
 figure img { width: 128px; height: 128px; object-fit: contain; border: 1px solid var(--line); }
-figcaption { overflow-wrap: anywhere; max-height: 5.5em; overflow: hidden; }
+figcaption { overflow-wrap: anywhere; max-height: 9em; overflow: hidden; }
 img.wide { max-width: 100%; }
 .grid { overflow-x: auto; } .grid td { max-width: 260px; font-size: 12px; overflow-wrap: anywhere; }
 .grid td:first-child { min-width: 110px; }

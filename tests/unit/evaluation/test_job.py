@@ -181,6 +181,15 @@ def test_the_page_shows_the_best_and_the_worst(config: Build, evaluate: Run) -> 
     assert settings.pictures in page
 
 
+def test_the_page_says_whose_pictures_it_shows(config: Build, evaluate: Run, reference: str, tmp_path: Path) -> None:
+    shown = tmp_path / "credited"
+    shutil.copytree(reference, shown)
+    (shown / "manifest.json").write_text(json.dumps({"attribution": "Drawn by <A>."}))
+    settings = config(reference=str(shown))
+    evaluate(settings)
+    assert "Drawn by &lt;A&gt;." in (Path(settings.out) / "report.html").read_text()
+
+
 def test_a_folder_is_of_one_protocol(config: Build, evaluate: Run, tmp_path: Path) -> None:
     evaluate(config())
     before = contents(Path(config().out))

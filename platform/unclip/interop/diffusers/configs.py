@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unclip.interop.keys import InteropError
-from unclip.interop.settings import Settings
+from unclip.interop.settings import Settings, checked
 from unclip.models.clip_text import ClipTextConfig
 from unclip.models.layers import group_norm
 from unclip.models.prior import PriorConfig
@@ -84,6 +84,14 @@ _UNCONDITIONED: dict[str, Any] = {
 }
 
 
+_UNET_DEFAULTS: dict[str, Any] = {"dropout": 0.0, "resnet_time_scale_shift": "default", "attention_head_dim": 8}
+_DEFAULTS: Mapping[bool, dict[str, Any]] = {  # of diffusers, where they are not what Karlo has
+    True: {**_UNET_DEFAULTS, "class_embed_type": None, "mid_block_type": "UNetMidBlock2DCrossAttn"},
+    False: {**_UNET_DEFAULTS, "add_attention": True},
+}
+"""Of `UNet2DConditionModel`, and of `UNet2DModel`."""
+
+
 def prior_config(settings: Mapping[str, Any], text: ClipTextConfig) -> PriorConfig:
     """Of a `PriorTransformer` behind the text transformer `text`."""
     left = Settings("prior", settings)
@@ -97,17 +105,17 @@ def prior_config(settings: Mapping[str, Any], text: ClipTextConfig) -> PriorConf
     ):
         if mine != theirs:
             raise InteropError(f"prior: {name} = {mine}: the text_encoder's {there} is {theirs}")
-    found = PriorConfig(
-        embed_dim=embed_dim,
-        vocab_size=text.vocab_size,
-        context_length=length,
-        width=heads * head_dim,
-        depth=left.take("num_layers", int),
-        heads=heads,
-        clip_text=text,
-    )
+    found = {
+        "embed_dim": embed_dim,
+        "vocab_size": text.vocab_size,
+        "context_length": length,
+        "width": heads * head_dim,
+        "depth": left.take("num_layers", int),
+        "heads": heads,
+        "clip_text": text,
+    }
     left.done()
-    return found
+    return checked("prior", PriorConfig, found)
 
 
 def prior_settings(config: PriorConfig) -> dict[str, Any]:
@@ -129,17 +137,13 @@ def unet_config(part: str, settings: Mapping[str, Any], *, image_size: int | Non
     `image_size` is that of nets that do not say it.
     """
     conditioned = settings.get("_class_name") == "UNet2DConditionModel"
-    defaults = {
-        "sample_size": image_size,
-        "dropout": 0.0,
-        "resnet_time_scale_shift": "default",
-        "attention_head_dim": 8,
-    }
-    left = Settings(part, settings, defaults)
+    left = Settings(part, settings, _DEFAULTS[conditioned] | {"sample_size": image_size})
     widths = left.take("block_out_channels", (list, tuple))
     side = left.take("sample_size", (int, type(None))) or image_size
     if side is None:
         raise InteropError(f"{part}: sample_size is missing")
+    if not widths or any(not isinstance(width, int) or width < 1 for width in widths):
+        raise InteropError(f"{part}: block_out_channels = {widths}: must be widths from 1 on")
     if any(width % widths[0] for width in widths):
         raise InteropError(f"{part}: block_out_channels = {widths}: each must be a multiple of the first")
     levels, channels = len(widths), widths[0]
@@ -159,21 +163,22 @@ def unet_config(part: str, settings: Mapping[str, Any], *, image_size: int | Non
         left.must(**_CONDITIONED)
     else:
         left.must(**_UNCONDITIONED)
-    found = UNetConfig(
-        in_channels=left.take("in_channels", int),
-        out_channels=left.take("out_channels", int),
-        channels=channels,
-        channel_mult=tuple(width // channels for width in widths),
-        depth=left.take("layers_per_block", int),
-        attention_resolutions=tuple(side >> level for level, attending in enumerate(attends) if attending),
-        head_channels=head_channels,
-        dropout=float(left.take("dropout", (int, float))),
-        scale_shift_norm=shift == "scale_shift",
-        image_size=side,
-    )
+    found = {
+        "in_channels": left.take("in_channels", int),
+        "out_channels": left.take("out_channels", int),
+        "channels": channels,
+        "channel_mult": tuple(width // channels for width in widths),
+        "depth": left.take("layers_per_block", int),
+        "attention_resolutions": tuple(side >> level for level, attending in enumerate(attends) if attending),
+        "head_channels": head_channels,
+        "dropout": float(left.take("dropout", (int, float))),
+        "scale_shift_norm": shift == "scale_shift",
+        "image_size": side,
+    }
     left.done()
-    check_groups(part, found)
-    return found
+    config = checked(part, UNetConfig, found)
+    check_groups(part, config)
+    return config
 
 
 def unet_settings(part: str, config: UNetConfig, *, context_dim: int | None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from unclip.config.base import ConfigError
 from unclip.diffusion.samplers import SamplingConfig
 from unclip.interop import hf_clip
 from unclip.interop.base import ImportedStage, Source, shapes_of
@@ -23,8 +22,7 @@ from unclip.interop.diffusers.tokenizer import check_tokenizer
 from unclip.interop.folder import read_config, read_object, read_tensors
 from unclip.interop.hf_clip_folder import check_pictures, clip_stage
 from unclip.interop.keys import Account, Entry, InteropError, prefixed, to_ours
-from unclip.interop.settings import Settings
-from unclip.models.conditioners import ClipCaptionConfig
+from unclip.interop.settings import Settings, checked
 from unclip.models.decoder import DecoderConfig
 from unclip.models.upsampler import UpsamplerConfig
 from unclip.pipelines.bundle import ClipReference
@@ -65,7 +63,7 @@ class _Folder:
         extras = folder / EXTRAS
         self.extras: Mapping[str, Any] = read_object(extras) if extras.exists() else {}
         settings = read_config(folder, "text_encoder")
-        self.text = hf_clip.text_config(settings, int(settings.get("projection_dim", 512)))
+        self.text = hf_clip.text_config(settings, hf_clip.embed_dim(settings))
         self.notes = check_tokenizer(folder / "tokenizer", self.text.context_length)
         self.text_tensors = read_tensors(folder / "text_encoder")
 
@@ -138,8 +136,9 @@ class _Folder:
         statistics = {name: theirs.get(f"clip_{name}") for name in ("mean", "std")}
         if any(value is None or value.shape != (1, model.embed_dim) for value in statistics.values()):
             raise InteropError(f"prior: clip_mean and clip_std must be there and (1, {model.embed_dim})")
-        config = self._checked(
+        config = checked(
             "prior",
+            PriorStageConfig,
             {
                 "model": model.to_dict(),
                 "diffusion": process_of("prior_scheduler", read_config(self.folder, "prior_scheduler")).to_dict(),
@@ -150,7 +149,6 @@ class _Folder:
                 "unit_norm": False,
                 "num_draws": 1,
             },
-            PriorStageConfig,
         )
         entries = [*networks.prior_entries(model), *networks.caption_entries()]
         dropped = {f"clip_{name}": f"is normalizer.{name} of the configuration" for name in statistics}
@@ -171,14 +169,19 @@ class _Folder:
         ):
             if mine != theirs:
                 raise InteropError(f"text_proj: {name} = {mine}: decoder and text_encoder have {theirs}")
-        model = DecoderConfig(
-            unet=unet,
-            clip_text=ClipCaptionConfig(encoder=self.text, width=width),
-            embed_dim=embed_dim,
-            num_image_tokens=tokens,
+        model = checked(
+            "text_proj",
+            DecoderConfig,
+            {
+                "unet": unet,
+                "clip_text": {"encoder": self.text, "width": width},
+                "embed_dim": embed_dim,
+                "num_image_tokens": tokens,
+            },
         )
-        config = self._checked(
+        config = checked(
             "decoder",
+            DecoderStageConfig,
             {
                 "model": model.to_dict(),
                 "diffusion": process_of("decoder_scheduler", read_config(self.folder, "decoder_scheduler")).to_dict(),
@@ -186,7 +189,6 @@ class _Folder:
                 "unit_norm": False,
                 "image_size": unet.image_size,
             },
-            DecoderStageConfig,
         )
         parts: list[tuple[str, list[Entry], dict[str, torch.Tensor], dict[str, str]]] = [
             ("decoder", prefixed(networks.unet_entries(unet), ours="unet."), read_tensors(self.folder / "decoder"), {}),
@@ -205,8 +207,9 @@ class _Folder:
         if configs.unet_config("super_res_last", last, image_size=unet.image_size) != unet:
             raise InteropError("super_res_last: its shape is not that of super_res_first")
         size = int(read_config(self.folder, "decoder")["sample_size"])
-        config = self._checked(
+        config = checked(
             "upsampler_256",
+            UpsamplerStageConfig,
             {
                 "kind": "upsampler_256",
                 "model": UpsamplerConfig(unet=unet, resize="bicubic", last_step=True).to_dict(),
@@ -217,7 +220,6 @@ class _Folder:
                 "low_res_size": size,
                 "image_size": unet.image_size,
             },
-            UpsamplerStageConfig,
         )
         shapes, tensors, accounts = shapes_of(config), dict[str, torch.Tensor](), list[Account]()
         for part, prefix in (("super_res_first", "unet."), ("super_res_last", "last_unet.")):
@@ -260,11 +262,3 @@ class _Folder:
             num_inference_steps=int(stored.get("num_inference_steps", _STEPS[stage])),
             guidance_scale=float(stored.get("guidance_scale", _SCALES[stage])),
         )
-
-    @staticmethod
-    def _checked(stage: str, settings: Mapping[str, Any], kind: Any) -> Any:
-        """The stage's configuration; what it refuses is refused as a whole."""
-        try:
-            return kind.from_dict(settings)
-        except ConfigError as error:
-            raise InteropError(f"{stage}: {error}") from None

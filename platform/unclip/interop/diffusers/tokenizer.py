@@ -47,11 +47,18 @@ def check_tokenizer(folder: Path, context_length: int) -> dict[str, str]:
         found = read_object(folder / "vocab.json")
     if found != _byte_pairs()[0]:
         raise InteropError("tokenizer: its vocabulary is not that of CLIP's byte-pair encoding")
-    padding = settings.get("pad_token")
-    text = padding.get("content") if isinstance(padding, dict) else padding
+    for name, ours in (("bos_token", _START), ("eos_token", _END)):
+        if _text(settings.get(name)) not in (None, ours):
+            raise InteropError(f"tokenizer: {name} = {settings[name]!r}: CLIP's, and ours, is {ours!r}")
+    text = _text(settings.get("pad_token"))
     if text in (None, _END):
         return {}
     return {"tokenizer.pad_token": f"{text!r} there: captions with it in them become other tokens there than here"}
+
+
+def _text(token: Any) -> Any:
+    """A token's text, which may be described with more."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 @lru_cache(maxsize=1)
