@@ -139,7 +139,7 @@ def test_a_tensor_too_many_or_too_few_is_refused(karlo: Path, tmp_path: Path, pa
         ("decoder", {"class_embed_type": GONE}, "decoder: class_embed_type = None"),
         ("decoder", {"block_out_channels": []}, r"decoder: block_out_channels = \[\]"),
         ("decoder", {"attention_head_dim": 7}, "decoder: UNetConfig: head_channels = 7: does not divide"),
-        ("text_proj", {"clip_extra_context_tokens": 0}, "text_proj: DecoderConfig: num_image_tokens = 0"),
+        ("text_proj", {"clip_extra_context_tokens": 0}, "text_proj: num_image_tokens = 0"),
         ("text_encoder", {"num_attention_heads": 3}, "text_encoder: ClipTextConfig: heads = 3: does not divide"),
         ("text_encoder", {"projection_dim": "x"}, "projection_dim = 'x'"),
         ("image_encoder", {"num_attention_heads": 5}, "image_encoder: num_attention_heads = 5: does not divide"),
