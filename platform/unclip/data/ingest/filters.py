@@ -23,6 +23,7 @@ from pyarrow import acero
 from unclip.config.base import ConfigError
 
 _LONGEST = 10_000  # characters
+_DEEPEST = 100  # levels of the syntax tree; the interpreter's own limit is not ours to rely on, libraries raise it
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -67,28 +68,39 @@ def compile_filter(text: str, schema: pa.Schema) -> Filter:
     or compares values of different kinds.
     """
     text = text.strip()
-    tree = parse_filter(text)
     compiler = _Compiler(text, schema)
-    try:
-        expression = compiler.condition(tree)
-    except RecursionError:
-        raise ConfigError(f"filter {text!r} is nested too deeply") from None
+    expression = compiler.condition(parse_filter(text))
     if not compiler.columns:
         raise ConfigError(f"filter {text!r} names no column")
     return Filter(text, tuple(compiler.columns), expression)
 
 
 def parse_filter(text: str) -> ast.expr:
-    """The syntax tree of a filter; raises `ConfigError` naming the position where it is no expression."""
+    """The syntax tree of a filter.
+
+    Raises `ConfigError` naming the position where it is no expression, or that it is too long or too deep.
+    """
     if len(text) > _LONGEST:
         raise ConfigError(f"a filter has at most {_LONGEST} characters, this one {len(text)}")
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         place = f"position {error.offset}" if error.offset else "its end"
         raise ConfigError(f"filter {text!r}: {error.msg} at {place}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError):
+        raise _too_deep(text) from None
+    except ValueError as error:
         raise ConfigError(f"filter {text!r} cannot be read: {error}") from None
+    level: list[ast.AST] = [tree]
+    for _ in range(_DEEPEST):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise _too_deep(text)
+    return tree
+
+
+def _too_deep(text: str) -> ConfigError:
+    return ConfigError(f"filter {text[:40]!r}... is nested too deeply: it may have {_DEEPEST} levels")
 
 
 class _Compiler:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +104,8 @@ def test_columns_are_those_it_reads_in_order() -> None:
         ("nsfw\0 < 1", "null bytes"),
         ("(" * 300 + "checked" + ")" * 300, "too many nested parentheses"),
         ("not " * 2000 + "checked", "nested too deeply"),
-        ("-" * 5000 + "1 < nsfw", "cannot be read"),
+        ("-" * 5000 + "1 < nsfw", "nested too deeply"),
+        ("not " * 100 + "checked", "nested too deeply: it may have 100 levels"),
         ("a" * 10_001, "at most 10000 characters"),
     ],
 )
@@ -132,6 +135,15 @@ def test_refusals_name_the_place(text: str, message: str) -> None:
 def test_nothing_else_of_python_is_understood(text: str) -> None:
     with pytest.raises(ConfigError, match="position"):
         compile_filter(text, TABLE.schema)
+
+
+def test_the_depth_that_is_allowed_is_evaluated_whatever_the_interpreter_allows(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    for limit in (1000, 10_000):
+        sys.setrecursionlimit(limit)
+        assert passes("not " * 98 + "checked") == [True, None, False, True]
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            passes("not " * 99 + "checked")
 
 
 def test_a_long_chain_is_evaluated() -> None:
