@@ -27,7 +27,8 @@ def _serve(config: ServerConfig) -> None:
     with running(config) as address:
         print(f"{address} serves {config.bundle}; Ctrl-C stops it", flush=True)
         try:
-            threading.Event().wait()
+            while not threading.Event().wait(1):  # a Ctrl-C that the system gave to another thread is seen in between
+                pass
         except KeyboardInterrupt:
             print("stopping: what is under way is finished first", flush=True)
 
