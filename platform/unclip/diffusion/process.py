@@ -24,7 +24,7 @@ class DiffusionConfig(Config):
     beta_schedule: BetaSchedule = "squaredcos_cap_v2"
     """How noise grows with the timestep: linear, scaled_linear (latent diffusion's), or squaredcos_cap_v2 (cosine)."""
 
-    num_train_timesteps: int = Field(default=1000, ge=1)
+    num_train_timesteps: int = Field(default=1000, ge=1, le=100_000)
     """Number of steps of the forward process (T)."""
 
     zero_terminal_snr: bool = False

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from unclip.config.base import Config
+from unclip.models.layers import Depth
 from unclip.utils import storage
 from unclip.utils.hashing import fingerprint
 
@@ -49,7 +50,7 @@ class ClipArchitectureConfig(Config):
     """width D of the joint space"""
     image_size: int = Field(ge=1)
     """side length in pixels of the pictures it sees"""
-    vision_layers: int = Field(ge=1)
+    vision_layers: Depth
     """blocks of the picture's transformer"""
     vision_width: int = Field(ge=1)
     """width of the picture's transformer"""
@@ -63,7 +64,7 @@ class ClipArchitectureConfig(Config):
     """width of the text transformer"""
     text_heads: int = Field(ge=1)
     """attention heads of the text transformer"""
-    text_layers: int = Field(ge=1)
+    text_layers: Depth
     """blocks of the text transformer"""
     quick_gelu: bool = False
     """True: x * sigmoid(1.702 x) in place of GELU in both, as OpenAI's weights need it"""

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.config.base import Config
+from unclip.models.layers import Depth
 from unclip.models.text import caption_mask, check_caption
 
 
@@ -25,7 +26,7 @@ class ClipTextConfig(Config):
     """tokens of a caption, with start, end and padding"""
     width: int = Field(ge=1)
     """width S of the states of a token"""
-    depth: int = Field(ge=1)
+    depth: Depth
     """number of blocks"""
     heads: int = Field(ge=1)
     """attention heads of a block"""

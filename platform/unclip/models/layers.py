@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from unclip.models.fused import GeluLinear, recomputing_attention
 
 M = TypeVar("M", bound=nn.Module)
+
+Depth = Annotated[int, Field(ge=1, le=512)]
+"""Blocks of a network. Bounded, as a network is laid out before foreign weights are compared with it."""
 
 Extend = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """extend(key, value) -> the keys and values that a block's queries look at."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from unclip.config.base import Config
-from unclip.models.layers import TimestepMLP, Transformer
+from unclip.models.layers import Depth, TimestepMLP, Transformer
 from unclip.models.text import TextTransformerConfig, caption_mask
 
 _PICTURE_CHANNELS = 3
@@ -34,7 +34,7 @@ class NoisedClipConfig(Config):
     """side length in pixels of a patch"""
     width: int = Field(ge=2, multiple_of=2)
     """width of the picture's transformer"""
-    depth: int = Field(ge=1)
+    depth: Depth
     """blocks of the picture's transformer"""
     heads: int = Field(ge=1)
     """attention heads of the picture's transformer"""

@@ -18,7 +18,7 @@ from torch.nn import functional
 from unclip.config.base import Config
 from unclip.models.clip_text import ClipTextConfig
 from unclip.models.condition import Condition, PreparedCondition
-from unclip.models.layers import KeyValueCache, Prefix, TimestepMLP, Transformer, causal_mask, zero_init
+from unclip.models.layers import Depth, KeyValueCache, Prefix, TimestepMLP, Transformer, causal_mask, zero_init
 from unclip.models.text import caption_mask, check_caption
 
 _STEP_TOKENS = 3  # timestep, noised image embedding, final query
@@ -35,7 +35,7 @@ class PriorTransformerConfig(Config):
     """tokens of a caption, padding included"""
     width: int = Field(ge=2, multiple_of=2)
     """width of the transformer"""
-    depth: int = Field(ge=1)
+    depth: Depth
     """number of blocks"""
     heads: int = Field(ge=1)
     """attention heads of a block"""

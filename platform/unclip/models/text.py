@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from unclip.config.base import Config
-from unclip.models.layers import Transformer
+from unclip.models.layers import Depth, Transformer
 
 CLIP_VOCABULARY = 49408
 """Tokens of CLIP's byte-pair encoding."""
@@ -24,7 +24,7 @@ class TextTransformerConfig(Config):
     """tokens of a caption, padding included"""
     width: int = Field(ge=1)
     """width of the token states"""
-    depth: int = Field(ge=1)
+    depth: Depth
     """number of blocks"""
     heads: int = Field(ge=1)
     """attention heads of a block"""

@@ -17,7 +17,16 @@ from torch.nn import functional
 from unclip.config.base import Config
 from unclip.models.condition import PreparedCondition
 from unclip.models.fused import Resample, SiluConv2d, resampled
-from unclip.models.layers import TimestepMLP, attention, group_norm, merge_heads, run_block, split_heads, zero_init
+from unclip.models.layers import (
+    Depth,
+    TimestepMLP,
+    attention,
+    group_norm,
+    merge_heads,
+    run_block,
+    split_heads,
+    zero_init,
+)
 
 
 class UNetConfig(Config):
@@ -31,7 +40,7 @@ class UNetConfig(Config):
     """base width; level i is channels * channel_mult[i] wide, the time embedding 4 * channels"""
     channel_mult: tuple[int, ...] = Field(min_length=1)
     """width of each level in units of `channels`; each level halves the resolution of the one before"""
-    depth: int = Field(ge=1)
+    depth: Depth
     """residual blocks of a level on the way down; one more on the way up"""
     attention_resolutions: tuple[int, ...] = ()
     """side lengths of the feature maps with attention, for pictures of `image_size`; none means no attention at all"""

@@ -152,8 +152,8 @@ class Bundle:
                 tensors = load_file(path)
             except SafetensorError as error:
                 raise BundleError(f"{uri!r} cannot be read: {error}") from None
+        _check_tensors(uri, self.configs[name], tensors)
         model = self.configs[name].build()
-        _check_tensors(uri, model, tensors)
         model.load_state_dict(tensors)
         return model.eval().requires_grad_(False)
 
@@ -345,9 +345,9 @@ def _describe_file(path: Path) -> StoredFile:
 
 def _probed(uri: str, config: StageConfig, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, ...]]:
     """What the network of `config` computes with `state`, in float32; `BundleError` where that does not go."""
+    _check_tensors(uri, config, state)
     with torch.device("meta"):
         model = config.build()
-    _check_tensors(uri, model, state)
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     model.load_state_dict(state, assign=True)  # no second copy, and no random numbers for weights that are there
     if any(buffer.is_meta for buffer in model.buffers()):  # those that no state holds, as masks
@@ -360,8 +360,13 @@ def _probed(uri: str, config: StageConfig, state: Mapping[str, torch.Tensor]) ->
     return probe
 
 
-def _check_tensors(uri: str, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises `BundleError` unless `tensors` are the model's state: the same names, each with its shape."""
+def _check_tensors(uri: str, config: StageConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises `BundleError` unless `tensors` are the network's state: the same names, each with its shape.
+
+    Nothing of the network is allocated: what a foreign configuration asks for is no more than the file has.
+    """
+    with torch.device("meta"):
+        model: nn.Module = config.build()
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]

@@ -181,6 +181,31 @@ def test_weights_must_fit_exactly(
         Bundle.load(str(bundle)).load_model("prior")
 
 
+def edit_config(bundle: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a stage's configuration and makes its manifest agree, as whoever made the bundle could."""
+    config = bundle / name / "config.json"
+    edit_json(config, change)
+    stored = {"bytes": config.stat().st_size, "sha256": sha256_file(config)}
+    edit_json(bundle / name / "manifest.json", lambda manifest: manifest.update(config=stored))
+
+
+def test_a_network_larger_than_its_weights_is_not_allocated(bundle: Path) -> None:
+    """2^24 wide, one projection alone would take a petabyte."""
+    edit_config(bundle, "prior", lambda config: config["model"].update(width=2**24))
+    with pytest.raises(BundleError, match=r"the weights do not fit the configuration: .* instead of .*16777216"):
+        Bundle.load(str(bundle)).load_model("prior")
+
+
+@pytest.mark.parametrize(
+    ("field", "bound"), [("model.depth", 512), ("diffusion.num_train_timesteps", 100_000)], ids=["depth", "timesteps"]
+)
+def test_what_weights_do_not_bound_is_bounded_by_its_range(bundle: Path, field: str, bound: int) -> None:
+    section, name = field.split(".")
+    edit_config(bundle, "prior", lambda config: config[section].update({name: 10**9}))
+    with pytest.raises(BundleError, match=rf"{field} = 1000000000: .*less than or equal to {bound}"):
+        Bundle.load(str(bundle))
+
+
 def test_a_missing_stage_is_named(bundle: Path) -> None:
     (bundle / "decoder" / "manifest.json").unlink()
     with pytest.raises(BundleError, match=r"no stage 'decoder'; it has clip, prior, upsampler_256"):
