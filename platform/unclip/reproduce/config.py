@@ -109,10 +109,8 @@ def shapes() -> ReproduceConfig:
             {"objective": {"stage": {"model": prior | {"num_components": 32}}}, "loop": _loop(600, 128)}
         ),
         decoder=STAGES["decoder"]["demo"]().merged(
-            {
-                "objective": {"stage": decoder},
-                "loop": _loop(700, 16),
-            }
+            # Many small steps at a low rate: with fewer at the demo's, decoders learn z_i, but nothing of captions.
+            {"objective": {"stage": decoder}, "optimizer": {"learning_rate": 6e-4}, "loop": _loop(2800, 8)}
         ),
     )
 
