@@ -365,8 +365,11 @@ def _check_tensors(uri: str, config: StageConfig, tensors: Mapping[str, torch.Te
 
     Nothing of the network is allocated: what a foreign configuration asks for is no more than the file has.
     """
-    with torch.device("meta"):
-        model: nn.Module = config.build()
+    try:
+        with torch.device("meta"):
+            model: nn.Module = config.build()
+    except (RuntimeError, TypeError) as error:  # how torch refuses sizes beyond 64 bits, of bytes and of an argument
+        raise BundleError(f"{uri!r}: the configuration makes no network: {_first_line(error)}") from None
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     problems = [f"{key} is missing" for key in sorted(expected.keys() - found.keys())]

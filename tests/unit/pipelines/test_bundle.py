@@ -196,6 +196,13 @@ def test_a_network_larger_than_its_weights_is_not_allocated(bundle: Path) -> Non
         Bundle.load(str(bundle)).load_model("prior")
 
 
+@pytest.mark.parametrize("width", [2**40, 2**64], ids=["bytes", "argument"])
+def test_sizes_that_no_tensor_can_have_are_refused(bundle: Path, width: int) -> None:
+    edit_config(bundle, "prior", lambda config: config["model"].update(width=width))
+    with pytest.raises(BundleError, match=r"prior.*: the configuration makes no network: "):
+        Bundle.load(str(bundle)).load_model("prior")
+
+
 @pytest.mark.parametrize(
     ("field", "bound"), [("model.depth", 512), ("diffusion.num_train_timesteps", 100_000)], ids=["depth", "timesteps"]
 )
